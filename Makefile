@@ -1,0 +1,39 @@
+# What one can do here; `make` alone lists it. The broker is scripts/broker's affair: every
+# target that needs one gets a private node on free ports, and leaves none behind.
+
+PREFIX ?= /usr/local
+CARGO  ?= cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint build install broker clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## see it work: a broker, a server, one call, 832040
+	@$(CARGO) build --release --locked
+	@scripts/broker with-broker scripts/demo target/release/fibrpc
+
+test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL names)
+	scripts/broker with-broker $(CARGO) test --locked
+
+lint: ## formatting, clippy, documentation, shell scripts; warnings are errors
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --no-default-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+	bash -n scripts/broker scripts/demo .ci/run
+
+build: ## the binary, target/release/fibrpc
+	$(CARGO) build --release --locked
+
+install: build ## the binary, to PREFIX/bin (default /usr/local)
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -m 755 target/release/fibrpc "$(DESTDIR)$(PREFIX)/bin/fibrpc"
+
+broker: ## a private broker in the foreground, until Ctrl-C; prints the URL to use
+	@scripts/broker run
+
+clean: ## stop what `scripts/broker start` started, and remove what was built
+	@scripts/broker stop
+	$(CARGO) clean

@@ -1,0 +1,713 @@
+//! Brokers: their URLs, opening and closing a connection, the request queue, safe consuming.
+//!
+//! Everything here that talks to a broker has a deadline. amiquip's round trips have none, so a
+//! [`Fuse`](crate::socket::Fuse) is lit before each: when it burns down, the socket is shut, and
+//! the round trip returns with an error.
+
+use crate::error::{Error, QueueStatus};
+use crate::socket::{self, Never, Opened, Outbox};
+use amiquip::{
+    AmqpValue, Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
+    Consumer, ConsumerMessage, ConsumerOptions, FieldTable, QueueDeclareOptions,
+};
+use crossbeam_channel::{Receiver, bounded};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{io, process, thread};
+use url::{Host, Url};
+
+/// Seconds between heartbeats, unless the URL or the broker asks for fewer. A broker that falls
+/// silent is given up after twice that.
+const HEARTBEAT_SECONDS: u16 = 10;
+
+/// How long an orderly close may take. It is a courtesy: the broker notices a closed socket, too.
+const CLOSE_TIME: Duration = Duration::from_millis(150);
+
+/// How long a channel, queue or consumer may take to be set up on a live connection. Longer than
+/// two heartbeats, so that a dead broker is found out as that.
+pub(crate) const SETUP_TIME: Duration = Duration::from_secs(30);
+
+/// AMQP reply codes, as RabbitMQ uses them.
+/// Source: <https://www.rabbitmq.com/amqp-0-9-1-reference#constants>.
+mod reply_code {
+    pub const ACCESS_REFUSED: u16 = 403;
+    pub const NOT_FOUND: u16 = 404;
+    pub const RESOURCE_LOCKED: u16 = 405;
+    pub const PRECONDITION_FAILED: u16 = 406;
+    pub const INTERNAL_ERROR: u16 = 541;
+}
+
+/// One or more brokers of the same cluster, tried in turn: `amqp://user:password@host:port/vhost`,
+/// several separated by commas.
+///
+/// Everything but the scheme may be left out: the user and password are `guest`, the host
+/// `localhost`, the port 5672, the virtual host `/`. In a user, password or virtual host, write
+/// `/` as `%2f` and so on. The one parameter is `heartbeat`, in seconds.
+/// Source: <https://www.rabbitmq.com/docs/uri-spec>.
+///
+/// Printed, it shows no password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Endpoints(Vec<Endpoint>);
+
+#[derive(Clone, PartialEq, Eq)]
+struct Endpoint {
+    host: Host<String>,
+    port: u16,
+    vhost: String,
+    user: String,
+    password: String,
+    heartbeat_seconds: u16,
+}
+
+impl Default for Endpoints {
+    fn default() -> Endpoints {
+        Endpoints(vec![Endpoint {
+            host: Host::Domain("localhost".to_owned()),
+            port: 5672,
+            vhost: "/".to_owned(),
+            user: "guest".to_owned(),
+            password: "guest".to_owned(),
+            heartbeat_seconds: HEARTBEAT_SECONDS,
+        }])
+    }
+}
+
+impl FromStr for Endpoints {
+    type Err = Error;
+
+    fn from_str(urls: &str) -> Result<Endpoints, Error> {
+        let endpoints: Result<Vec<_>, _> =
+            urls.split(',').map(|url| parse_url(url.trim())).collect();
+        endpoints.map(Endpoints).map_err(Error::InvalidUrl)
+    }
+}
+
+/// Parses one URL. No message repeats the URL, which may hold a password.
+fn parse_url(text: &str) -> Result<Endpoint, String> {
+    const EXAMPLE: &str = "expected something like amqp://user:password@host:5672/vhost";
+    if text.is_empty() {
+        return Err(format!("it is empty; {EXAMPLE}"));
+    }
+    let url = Url::parse(text).map_err(|error| format!("{error}; {EXAMPLE}"))?;
+    match url.scheme() {
+        "amqp" => {}
+        "amqps" => return Err("amqps:// needs TLS, which this build does not have".to_owned()),
+        other => return Err(format!("the scheme is '{other}', not 'amqp'; {EXAMPLE}")),
+    }
+    let Endpoints(defaults) = Endpoints::default();
+    let mut endpoint = defaults.into_iter().next().expect("there is a default");
+    // For a scheme it does not know, the parser leaves host names as they are, IP addresses
+    // included.
+    if let Some(host) = url.host_str().filter(|host| !host.is_empty()) {
+        endpoint.host = Host::parse(host).map_err(|error| format!("the host '{host}': {error}"))?;
+    }
+    if let Some(port) = url.port() {
+        endpoint.port = port;
+    }
+    if !url.username().is_empty() {
+        endpoint.user = percent_decode("user", url.username())?;
+    }
+    if let Some(password) = url.password() {
+        endpoint.password = percent_decode("password", password)?;
+    }
+    match url.path() {
+        "" | "/" => {}
+        path => {
+            let vhost = &path[1..];
+            if vhost.contains('/') {
+                return Err(format!(
+                    "the virtual host '{vhost}' contains a '/', which is written %2f in a URL"
+                ));
+            }
+            endpoint.vhost = percent_decode("virtual host", vhost)?;
+        }
+    }
+    for (name, value) in url.query_pairs() {
+        match &*name {
+            "heartbeat" => {
+                endpoint.heartbeat_seconds = match value.parse() {
+                    // Without heartbeats, a broker that falls silent would never be found out.
+                    Ok(seconds) if seconds > 0 => seconds,
+                    _ => return Err(format!("heartbeat={value}: expected 1 to 65535 seconds")),
+                };
+            }
+            other => {
+                return Err(format!(
+                    "the parameter '{other}' is not supported (only heartbeat is)"
+                ));
+            }
+        }
+    }
+    Ok(endpoint)
+}
+
+fn percent_decode(part: &str, encoded: &str) -> Result<String, String> {
+    // `url` has no such function, but decodes a query this way once '+' is out of the way.
+    let query = format!("v={}", encoded.replace('+', "%2B").replace('&', "%26"));
+    let decoded = url::form_urlencoded::parse(query.as_bytes()).next();
+    match decoded {
+        Some((_, text)) if !text.contains(char::REPLACEMENT_CHARACTER) => Ok(text.into_owned()),
+        _ => Err(format!("the {part} is not UTF-8 once decoded")),
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let user = url::form_urlencoded::byte_serialize(self.user.as_bytes()).collect::<String>();
+        let vhost = url::form_urlencoded::byte_serialize(self.vhost.as_bytes()).collect::<String>();
+        write!(f, "amqp://{user}@{}:{}/{vhost}", self.host, self.port)
+    }
+}
+
+impl fmt::Display for Endpoints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, endpoint) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{endpoint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Endpoints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Endpoints({self})")
+    }
+}
+
+/// A connection to a broker.
+///
+/// Dropped, it closes itself.
+pub(crate) struct Connection {
+    /// `None` once closed.
+    inner: Option<amiquip::Connection>,
+    /// The way out, for whatever is sent often.
+    pub outbox: Arc<Outbox>,
+    /// Disconnected when the connection is dead.
+    pub down: Receiver<Never>,
+    /// The broker's notices that it has blocked publishers, or not any more.
+    pub blocked: Receiver<ConnectionBlockedNotification>,
+    /// The two addresses, which is the connection's name in the broker's own lists.
+    pub name: String,
+}
+
+impl Connection {
+    /// Connects to the first of the brokers that answers. Each gets an equal share of the time.
+    ///
+    /// `purpose` says in the broker's list of connections what this one is for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unreachable`], with what happened at each of them.
+    pub fn open(
+        endpoints: &Endpoints,
+        purpose: &str,
+        deadline: Instant,
+    ) -> Result<Connection, Error> {
+        let mut failures = Vec::new();
+        for (index, endpoint) in endpoints.0.iter().enumerate() {
+            let deadline = share_of(deadline, endpoints.0.len() - index);
+            match endpoint.open(purpose, deadline) {
+                Ok(connection) => {
+                    log::info!("connected to {endpoint} as {}", connection.name);
+                    return Ok(connection);
+                }
+                Err(failure) => failures.push((endpoint, failure)),
+            }
+        }
+        let reason = match &failures[..] {
+            [(_, only)] => only.reason.clone(),
+            all => all
+                .iter()
+                .map(|(endpoint, failure)| format!("{endpoint}: {}", failure.reason))
+                .collect::<Vec<_>>()
+                .join("; "),
+        };
+        let source = failures
+            .into_iter()
+            .next()
+            .and_then(|(_, failure)| failure.source);
+        Err(Error::Unreachable {
+            endpoint: endpoints.to_string(),
+            reason,
+            source: source.map(|error| Arc::new(error) as _),
+        })
+    }
+
+    /// Opens a channel.
+    ///
+    /// # Errors
+    ///
+    /// The connection died or the broker did not answer in time.
+    pub fn open_channel(&mut self) -> Result<Channel, amiquip::Error> {
+        let _fuse = self.outbox.fuse(SETUP_TIME);
+        match &mut self.inner {
+            Some(inner) => inner.open_channel(None),
+            None => Err(amiquip::Error::ClientClosedConnection),
+        }
+    }
+
+    /// Closes in good order, or after [`CLOSE_TIME`] without; closed already, does nothing.
+    ///
+    /// # Errors
+    ///
+    /// Why the connection had died, if it had: amiquip often tells only here.
+    pub fn close(&mut self) -> Result<(), amiquip::Error> {
+        match self.inner.take() {
+            Some(inner) => {
+                let _fuse = self.outbox.fuse(CLOSE_TIME);
+                inner.close()
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            log::debug!("closing {}: {}", self.name, describe(&error));
+        }
+    }
+}
+
+/// Why a broker could not be reached.
+struct Failure {
+    reason: String,
+    source: Option<io::Error>,
+}
+
+impl Failure {
+    fn new(reason: impl Into<String>) -> Failure {
+        Failure {
+            reason: reason.into(),
+            source: None,
+        }
+    }
+
+    fn io(what: &str, error: io::Error) -> Failure {
+        Failure {
+            reason: format!("{what}: {error}"),
+            source: Some(error),
+        }
+    }
+}
+
+impl Endpoint {
+    fn open(&self, purpose: &str, deadline: Instant) -> Result<Connection, Failure> {
+        let addresses = self.resolve(deadline)?;
+        let mut last = Failure::new("the name has no address");
+        // `localhost` is two addresses, and most brokers listen on one of them.
+        for (index, address) in addresses.iter().enumerate() {
+            let deadline = share_of(deadline, addresses.len() - index);
+            match TcpStream::connect_timeout(address, time_left(deadline)) {
+                Ok(socket) => return self.shake_hands(socket, purpose, deadline),
+                Err(error) => last = Failure::io(&format!("connecting to {address}"), error),
+            }
+        }
+        Err(last)
+    }
+
+    /// The addresses of the host. The system's resolver cannot be interrupted, so it runs in a
+    /// thread that is left behind if it does not answer.
+    fn resolve(&self, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
+        let name = match &self.host {
+            Host::Ipv4(ip) => return Ok(vec![SocketAddr::new(IpAddr::V4(*ip), self.port)]),
+            Host::Ipv6(ip) => return Ok(vec![SocketAddr::new(IpAddr::V6(*ip), self.port)]),
+            Host::Domain(name) => name.clone(),
+        };
+        let what = format!("resolving the name '{name}'");
+        let (answer, answered) = bounded(1);
+        let port = self.port;
+        let resolve = move || {
+            // Nobody may be waiting any more.
+            let _ = answer.send((name.as_str(), port).to_socket_addrs().map(Vec::from_iter));
+        };
+        thread::Builder::new()
+            .name("fibrpc-resolve".to_owned())
+            .spawn(resolve)
+            .map_err(|error| Failure::io("starting a thread", error))?;
+        match answered.recv_deadline(deadline) {
+            Ok(Ok(addresses)) => Ok(addresses),
+            Ok(Err(error)) => Err(Failure::io(&what, error)),
+            Err(_) => Err(Failure::new(format!("{what}: no answer in time"))),
+        }
+    }
+
+    fn shake_hands(
+        &self,
+        socket: TcpStream,
+        purpose: &str,
+        deadline: Instant,
+    ) -> Result<Connection, Failure> {
+        let name = match (socket.local_addr(), socket.peer_addr()) {
+            (Ok(local), Ok(peer)) => format!("{local} -> {peer}"),
+            _ => "a connection already lost".to_owned(),
+        };
+        let Opened {
+            stream,
+            outbox,
+            down,
+        } = socket::share(socket).map_err(|error| Failure::io("setting up the socket", error))?;
+        let options = ConnectionOptions::default()
+            .auth(Auth::Plain {
+                username: self.user.clone(),
+                password: self.password.clone(),
+            })
+            .virtual_host(&self.vhost)
+            .heartbeat(self.heartbeat_seconds)
+            .information(Some(format!("fibrpc {purpose}, pid {}", process::id())));
+        let _fuse = outbox.fuse(time_left(deadline));
+        let opened =
+            amiquip::Connection::insecure_open_stream(stream, options, ConnectionTuning::default())
+                .and_then(|mut inner| Ok((inner.listen_for_connection_blocked()?, inner)));
+        match opened {
+            Ok((blocked, inner)) => Ok(Connection {
+                inner: Some(inner),
+                outbox,
+                down,
+                blocked,
+                name,
+            }),
+            Err(_) if Instant::now() >= deadline => {
+                Err(Failure::new("AMQP handshake: no answer in time"))
+            }
+            // RabbitMQ closes the socket without a word on wrong credentials, and also while it
+            // is still booting.
+            Err(amiquip::Error::InvalidCredentials) => Err(Failure::new(format!(
+                "it refused the user '{}' (wrong password? or still starting?)",
+                self.user
+            ))),
+            Err(error) => Err(Failure::new(format!(
+                "AMQP handshake: {}",
+                describe(&error)
+            ))),
+        }
+    }
+}
+
+/// The time until a deadline; never zero, which some system calls take for "no limit".
+fn time_left(deadline: Instant) -> Duration {
+    deadline
+        .saturating_duration_since(Instant::now())
+        .max(Duration::from_millis(1))
+}
+
+/// A deadline after one of `parts` equal parts of the time until `deadline`.
+fn share_of(deadline: Instant, parts: usize) -> Instant {
+    Instant::now() + time_left(deadline) / u32::try_from(parts).unwrap_or(u32::MAX)
+}
+
+/// What an amiquip error means, in our words where its own mislead.
+pub(crate) fn describe(error: &amiquip::Error) -> String {
+    match error {
+        amiquip::Error::ServerClosedConnection { code, message }
+        | amiquip::Error::ServerClosedChannel { code, message, .. } => {
+            format!("the broker said {code} {message}")
+        }
+        amiquip::Error::IoErrorReadingSocket { source }
+        | amiquip::Error::IoErrorWritingSocket { source } => source.to_string(),
+        amiquip::Error::UnexpectedSocketClose => "the broker closed the connection".to_owned(),
+        amiquip::Error::MissedServerHeartbeats => "the broker has fallen silent".to_owned(),
+        amiquip::Error::EventLoopDropped => "the connection is gone".to_owned(),
+        // None of the rest is made with a URL here: we open sockets ourselves.
+        other => other.to_string(),
+    }
+}
+
+/// Which queue a server declares when there is none yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum QueueType {
+    /// Not durable, as in the tutorial: gone when the broker restarts.
+    #[default]
+    Transient,
+    /// A durable classic queue.
+    Classic,
+    /// A replicated queue, which survives the loss of a broker.
+    Quorum,
+}
+
+impl QueueType {
+    fn declaration(self) -> QueueDeclareOptions {
+        let mut arguments = FieldTable::new();
+        if self == QueueType::Quorum {
+            arguments.insert(
+                "x-queue-type".to_owned(),
+                AmqpValue::LongString("quorum".to_owned()),
+            );
+        }
+        QueueDeclareOptions {
+            durable: self != QueueType::Transient,
+            arguments,
+            ..QueueDeclareOptions::default()
+        }
+    }
+}
+
+/// Makes sure that the request queue exists. One that does is used as it is, whatever its type.
+///
+/// # Errors
+///
+/// [`Error::QueueRefused`] if the broker does not let us have it; [`Error::ConnectionLost`].
+pub(crate) fn declare_request_queue(
+    connection: &mut Connection,
+    queue: &str,
+    queue_type: QueueType,
+) -> Result<(), Error> {
+    /// Between our look and our declaration, another server may declare it otherwise: then look
+    /// again. It takes somebody to delete it at that very moment, too, to need a third round.
+    const ROUNDS: usize = 3;
+    let mut refusal = None;
+    for _ in 0..ROUNDS {
+        if queue_status(connection, queue)?.is_some() {
+            return Ok(());
+        }
+        let channel = connection
+            .open_channel()
+            .map_err(|error| on_queue(queue, &error))?;
+        let _fuse = connection.outbox.fuse(SETUP_TIME);
+        match channel.queue_declare(queue, queue_type.declaration()) {
+            Ok(_) => return Ok(()),
+            Err(error) if code(&error) == Some(reply_code::PRECONDITION_FAILED) => {
+                refusal = Some(on_queue(queue, &error));
+            }
+            Err(error) => return Err(on_queue(queue, &error)),
+        }
+    }
+    Err(refusal.unwrap_or_else(|| unreachable!("each round ends with a refusal or returns")))
+}
+
+/// Declares the request queue again on a channel whose consumer was cancelled.
+///
+/// # Errors
+///
+/// amiquip's; the channel is then closed.
+pub(crate) fn redeclare_request_queue(
+    channel: &Channel,
+    queue: &str,
+    queue_type: QueueType,
+) -> Result<(), amiquip::Error> {
+    channel
+        .queue_declare(queue, queue_type.declaration())
+        .map(drop)
+}
+
+/// Asks the broker about a queue; `None` if it does not exist.
+///
+/// # Errors
+///
+/// [`Error::QueueRefused`] if we may not know; [`Error::ConnectionLost`].
+pub(crate) fn queue_status(
+    connection: &mut Connection,
+    queue: &str,
+) -> Result<Option<QueueStatus>, Error> {
+    // Its own channel, which the broker closes if the queue does not exist.
+    let channel = connection
+        .open_channel()
+        .map_err(|error| on_queue(queue, &error))?;
+    let _fuse = connection.outbox.fuse(SETUP_TIME);
+    match channel.queue_declare_passive(queue) {
+        Ok(found) => Ok(Some(QueueStatus {
+            consumers: found.declared_consumer_count().unwrap_or(0),
+            ready: found.declared_message_count().unwrap_or(0),
+        })),
+        Err(error) if code(&error) == Some(reply_code::NOT_FOUND) => Ok(None),
+        Err(error) => Err(on_queue(queue, &error)),
+    }
+}
+
+fn code(error: &amiquip::Error) -> Option<u16> {
+    match error {
+        amiquip::Error::ServerClosedConnection { code, .. }
+        | amiquip::Error::ServerClosedChannel { code, .. } => Some(*code),
+        _ => None,
+    }
+}
+
+fn on_queue(queue: &str, error: &amiquip::Error) -> Error {
+    match code(error) {
+        Some(
+            reply_code::ACCESS_REFUSED
+            | reply_code::RESOURCE_LOCKED
+            | reply_code::PRECONDITION_FAILED
+            // What RabbitMQ 4.3 says when it is configured to refuse transient queues.
+            | reply_code::INTERNAL_ERROR,
+        ) => Error::QueueRefused { queue: queue.to_owned(), reason: describe(error) },
+        _ => Error::ConnectionLost { reason: describe(error) },
+    }
+}
+
+/// A consumer that may be dropped at any time.
+///
+/// Dropping amiquip's own while deliveries arrive kills the connection: its I/O thread finds the
+/// receiver gone. So this one cancels, and keeps the receiver until the last message is in.
+pub(crate) struct Consuming<'a>(Consumer<'a>);
+
+impl<'a> Consuming<'a> {
+    /// Starts to consume `queue` on `channel`.
+    pub fn start(
+        channel: &'a Channel,
+        queue: &str,
+        options: ConsumerOptions,
+    ) -> Result<Consuming<'a>, amiquip::Error> {
+        channel.basic_consume(queue, options).map(Consuming)
+    }
+
+    /// Where the deliveries arrive.
+    pub fn receiver(&self) -> &Receiver<ConsumerMessage> {
+        self.0.receiver()
+    }
+
+    /// The name of the consumer on its channel.
+    pub fn tag(&self) -> &str {
+        self.0.consumer_tag()
+    }
+
+    /// Stops deliveries. The receiver still gives what was on its way, and then disconnects.
+    pub fn cancel(&self) -> Result<(), amiquip::Error> {
+        self.0.cancel()
+    }
+}
+
+impl Drop for Consuming<'_> {
+    fn drop(&mut self) {
+        // On a dead connection both return at once; on a live one, whoever drops this has a fuse
+        // burning, or heartbeats as the last resort.
+        if self.cancel().is_ok() {
+            while let Ok(ConsumerMessage::Delivery(_)) = self.receiver().recv() {}
+        }
+    }
+}
+
+/// Waits between attempts to connect: 0.1 s doubling to 5 s, each shortened by chance to
+/// somewhere between half and whole, so that a thousand clients do not come back at once.
+#[derive(Debug, Default)]
+pub(crate) struct Backoff {
+    attempts: u32,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(100);
+    const LONGEST: Duration = Duration::from_secs(5);
+
+    /// Starts over if what was tried held for a while before it failed.
+    pub fn held_for(&mut self, time: Duration) {
+        if time > Self::LONGEST {
+            self.attempts = 0;
+        }
+    }
+
+    /// How long to wait before the next attempt.
+    pub fn next(&mut self) -> Duration {
+        let whole = Self::FIRST
+            .saturating_mul(1 << self.attempts.min(10))
+            .min(Self::LONGEST);
+        self.attempts += 1;
+        whole.mul_f64(rand::random_range(0.5..=1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(url: &str) -> Endpoint {
+        let Endpoints(mut endpoints) = url.parse().unwrap_or_else(|e| panic!("{url}: {e}"));
+        assert_eq!(endpoints.len(), 1);
+        endpoints.remove(0)
+    }
+
+    #[test]
+    fn what_a_url_leaves_out_has_defaults() {
+        let Endpoints(defaults) = Endpoints::default();
+        for url in [
+            "amqp://",
+            "amqp:///",
+            "amqp://localhost",
+            "amqp://localhost:5672/",
+            "amqp:///%2f",
+        ] {
+            assert!(one(url) == defaults[0], "{url}: {}", one(url));
+        }
+    }
+
+    #[test]
+    fn every_part_of_a_url_is_read_and_decoded() {
+        let endpoint = one("amqp://us%40er:p%2Fa+s%26s%25@broker.example:1234/a%2fb?heartbeat=5");
+        assert_eq!(endpoint.user, "us@er");
+        assert_eq!(endpoint.password, "p/a+s&s%");
+        assert_eq!(endpoint.host.to_string(), "broker.example");
+        assert_eq!(endpoint.port, 1234);
+        assert_eq!(endpoint.vhost, "a/b");
+        assert_eq!(endpoint.heartbeat_seconds, 5);
+    }
+
+    #[test]
+    fn ip_addresses_are_addresses() {
+        assert!(matches!(one("amqp://127.0.0.1").host, Host::Ipv4(_)));
+        assert!(matches!(one("amqp://[::1]:5673/").host, Host::Ipv6(_)));
+    }
+
+    #[test]
+    fn several_urls_are_separated_by_commas() {
+        let endpoints: Endpoints = "amqp://a, amqp://b:1,amqp://c/v".parse().unwrap();
+        assert_eq!(
+            endpoints.to_string(),
+            "amqp://guest@a:5672/%2F,amqp://guest@b:1/%2F,amqp://guest@c:5672/v"
+        );
+    }
+
+    #[test]
+    fn no_rendering_shows_a_password() {
+        let endpoints: Endpoints = "amqp://u:secret@h/v".parse().unwrap();
+        assert!(!format!("{endpoints} {endpoints:?}").contains("secret"));
+    }
+
+    #[test]
+    fn an_error_names_the_part_and_never_the_password() {
+        for (url, part) in [
+            ("", "empty"),
+            ("localhost", "relative URL"),
+            ("http://u:secret@h/", "scheme is 'http'"),
+            ("amqp://u:secret@h:99999/", "port"),
+            ("amqp://u:secret@h/a/b", "virtual host 'a/b'"),
+            ("amqp://u:secret@h/%ff", "virtual host"),
+            ("amqp://u:secret@h/?heartbeat=0", "heartbeat=0"),
+            ("amqp://u:secret@h/?frame_max=1", "'frame_max'"),
+            ("amqp://u:sec%ffret@h/", "password"),
+            ("amqp://a,", "empty"),
+        ] {
+            let error = url.parse::<Endpoints>().unwrap_err().to_string();
+            assert!(error.contains(part), "{url}: {error}");
+            assert!(!error.contains("sec"), "{url}: {error}");
+        }
+    }
+
+    #[test]
+    fn backoff_doubles_with_jitter_to_five_seconds() {
+        let mut backoff = Backoff::default();
+        let mut whole = Duration::from_millis(100);
+        for _ in 0..20 {
+            let wait = backoff.next();
+            assert!(wait <= whole && wait >= whole / 2, "{wait:?} of {whole:?}");
+            whole = (whole * 2).min(Duration::from_secs(5));
+        }
+    }
+
+    #[test]
+    fn a_name_that_does_not_resolve_is_unreachable_and_says_so() {
+        let endpoints: Endpoints = "amqp://no-such-host.invalid".parse().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let error = Connection::open(&endpoints, "test", deadline)
+            .map(drop)
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("no-such-host.invalid"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,260 @@
+//! The command line: what may be typed, and the plain values that come of it.
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use fibrpc::{ClientConfig, Endpoints, QueueType, ReplyTo, ServerConfig, fib};
+use std::num::{NonZeroU16, NonZeroUsize};
+use std::time::Duration;
+
+/// Synchronous RPC over RabbitMQ: the tutorial's Fibonacci server and its client
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  fibrpc server --workers 4          answer requests, four at a time
+  fibrpc call 30                     ask for one number
+  fibrpc call --output raw 1 2 3     ask for several, print the numbers alone
+  fibrpc call --timeout 2s 40        give up after two seconds
+
+Exit codes of `call` (the first failure's):
+  0 answered   2 usage   3 the server answered with an error   4 timeout   5 no request queue
+  6 no broker, or refused   7 connection lost (with --no-retry)   130 interrupted";
+
+#[derive(Debug, Args)]
+pub struct Global {
+    /// The broker, as amqp://user:password@host:port/vhost; several, separated by commas, are
+    /// tried in turn [default: guest at localhost:5672, virtual host /]
+    // A plain string, and not shown by clap, since it may hold a password.
+    #[arg(
+        long,
+        value_name = "URL[,URL...]",
+        env = "AMQP_URL",
+        hide_env_values = true,
+        global = true
+    )]
+    pub url: Option<String>,
+
+    /// The request queue
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "FIBRPC_QUEUE",
+        default_value = "rpc_queue",
+        global = true
+    )]
+    pub queue: String,
+
+    /// Log more, on stderr: -v connections, -vv everything (or set RUST_LOG)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer requests until interrupted
+    Server(ServerArgs),
+    /// Ask for Fibonacci numbers
+    Call(CallArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct ServerArgs {
+    /// How many requests to execute at the same time [default: the number of CPUs]
+    #[arg(long, value_name = "N")]
+    workers: Option<NonZeroUsize>,
+
+    /// How many requests the broker may give each worker ahead of its acknowledgements
+    #[arg(long, value_name = "N", default_value = "1")]
+    prefetch: NonZeroU16,
+
+    /// How to compute: the tutorial's slow recursion, or fast doubling
+    #[arg(long, value_enum, default_value_t = Algorithm::Recursive)]
+    algorithm: Algorithm,
+
+    /// The largest n to accept [default: 45 for recursive, 186 for fast]
+    #[arg(long, value_name = "N")]
+    max_n: Option<u32>,
+
+    /// Which queue to declare if there is none
+    #[arg(long, value_enum, default_value_t = QueueKind::Transient)]
+    queue_type: QueueKind,
+
+    /// How long to try for the first connection
+    #[arg(long, value_name = "DUR", default_value = "10s", value_parser = duration)]
+    connect_timeout: Duration,
+
+    /// How long requests being executed may take to finish once told to stop
+    #[arg(long, value_name = "DUR", default_value = "30s", value_parser = duration)]
+    drain_timeout: Duration,
+
+    /// Do not print a line for each request
+    #[arg(long)]
+    quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CallArgs {
+    /// The numbers to ask for
+    #[arg(value_name = "N", required = true, allow_negative_numbers = true)]
+    pub numbers: Vec<i128>,
+
+    /// How long each call may take, everything included: connect, send, wait, reconnect
+    #[arg(long, value_name = "DUR", default_value = "30s", value_parser = duration)]
+    timeout: Duration,
+
+    /// How many calls may be in flight at the same time
+    #[arg(long, value_name = "N", default_value = "64")]
+    pub concurrency: NonZeroUsize,
+
+    /// What to print
+    #[arg(long, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+
+    /// Where replies are sent: a callback queue, or RabbitMQ's direct reply-to
+    #[arg(long, value_enum, default_value_t = ReplyKind::Queue)]
+    reply_to: ReplyKind,
+
+    /// Do not send a request again when the connection was lost after sending it
+    #[arg(long)]
+    no_retry: bool,
+
+    /// Wait for a broker and a request queue that do not exist yet, instead of failing at once
+    #[arg(long)]
+    wait_for_server: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Algorithm {
+    /// The tutorial's: two calls for every number
+    Recursive,
+    /// Fast doubling: exact up to n = 186
+    Fast,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum QueueKind {
+    /// Not durable, as in the tutorial
+    Transient,
+    /// Durable, on one node
+    Classic,
+    /// Durable and replicated
+    Quorum,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// The tutorial's two lines for each call
+    Text,
+    /// The number alone
+    Raw,
+    /// A JSON object for each call
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ReplyKind {
+    /// One exclusive queue for all calls
+    Queue,
+    /// No queue (amq.rabbitmq.reply-to)
+    Direct,
+}
+
+/// A server and what it computes, as plain values.
+pub struct ServerPlan {
+    pub config: ServerConfig,
+    pub algorithm: Algorithm,
+    pub max_n: u32,
+    pub quiet: bool,
+}
+
+impl Global {
+    fn endpoints(&self) -> Result<Endpoints, clap::Error> {
+        match &self.url {
+            None => Ok(Endpoints::default()),
+            Some(url) => url.parse().map_err(usage),
+        }
+    }
+}
+
+impl ServerArgs {
+    pub fn plan(self, global: &Global) -> Result<ServerPlan, clap::Error> {
+        let (default_n, limit) = match self.algorithm {
+            // fib(45) takes seconds; fib(60) would take an hour.
+            Algorithm::Recursive => (45, fib::RECURSIVE_N_MAX),
+            Algorithm::Fast => (fib::FAST_N_MAX, fib::FAST_N_MAX),
+        };
+        let max_n = self.max_n.unwrap_or(default_n);
+        if max_n > limit {
+            return Err(usage(format!(
+                "--max-n {max_n} is beyond what this algorithm counts to exactly, n = {limit}"
+            )));
+        }
+        let mut config = ServerConfig::default();
+        config.endpoints = global.endpoints()?;
+        config.queue.clone_from(&global.queue);
+        config.queue_type = match self.queue_type {
+            QueueKind::Transient => QueueType::Transient,
+            QueueKind::Classic => QueueType::Classic,
+            QueueKind::Quorum => QueueType::Quorum,
+        };
+        if let Some(workers) = self.workers {
+            config.workers = workers.get();
+        }
+        config.prefetch = self.prefetch.get();
+        config.connect_timeout = self.connect_timeout;
+        config.drain_timeout = self.drain_timeout;
+        Ok(ServerPlan {
+            config,
+            algorithm: self.algorithm,
+            max_n,
+            quiet: self.quiet,
+        })
+    }
+}
+
+impl CallArgs {
+    pub fn config(&self, global: &Global) -> Result<ClientConfig, clap::Error> {
+        let mut config = ClientConfig::default();
+        config.endpoints = global.endpoints()?;
+        config.queue.clone_from(&global.queue);
+        config.reply_to = match self.reply_to {
+            ReplyKind::Queue => ReplyTo::Queue,
+            ReplyKind::Direct => ReplyTo::Direct,
+        };
+        config.timeout = self.timeout;
+        config.retry = !self.no_retry;
+        config.wait_for_server = self.wait_for_server;
+        Ok(config)
+    }
+}
+
+/// An error about the arguments, said and exited with as clap does.
+pub fn usage(message: impl std::fmt::Display) -> clap::Error {
+    Cli::command().error(ErrorKind::ValueValidation, message)
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration.is_zero() => Err("must be longer than 0".to_owned()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(format!("{error} (such as 250ms, 30s or 2m)")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,212 @@
+//! The one error type of the library. Each variant says when it happens.
+
+use crate::wire::RemoteError;
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why a call was not answered, or a server could not run.
+///
+/// No message contains a password: URLs are printed without it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Error {
+    /// A broker's URL cannot be used. The text says which part of it and what is expected.
+    InvalidUrl(String),
+    /// A value that could never work, found before anything was sent: a queue name over 255
+    /// bytes, a request over the broker's limit, no workers.
+    InvalidArgument(String),
+    /// No broker could be reached, or it refused us: nothing listens there, the name does not
+    /// resolve, wrong credentials or virtual host, TLS failed.
+    Unreachable {
+        /// What was tried, without passwords.
+        endpoint: String,
+        /// What happened there.
+        reason: String,
+        /// The operating system's error, where there was one.
+        source: Option<Arc<dyn StdError + Send + Sync>>,
+    },
+    /// The request queue does not exist, so no server has ever been there: the broker returned
+    /// the request (`basic.return`, 312 NO_ROUTE).
+    NoServer {
+        /// The request queue.
+        queue: String,
+    },
+    /// The deadline passed.
+    Timeout {
+        /// How long was waited, in all.
+        after: Duration,
+        /// What was being waited for when the deadline passed.
+        waiting_for: WaitingFor,
+    },
+    /// The server answered, and the answer is an error.
+    Remote(RemoteError),
+    /// The connection was lost after the request was sent, and sending it again was not
+    /// allowed. The server may or may not have executed it.
+    ConnectionLost {
+        /// What happened to the connection.
+        reason: String,
+    },
+    /// The broker refuses the request queue to us: it exists in an incompatible form (406), is
+    /// another connection's own (405), or we lack the permission (403).
+    QueueRefused {
+        /// The request queue.
+        queue: String,
+        /// The broker's words.
+        reason: String,
+    },
+    /// A server was told to stop, and some requests were still being executed when the drain
+    /// timeout passed. The broker gives them to another server.
+    DrainTimeout {
+        /// The drain timeout.
+        after: Duration,
+        /// Workers whose handler had not returned.
+        workers: usize,
+    },
+    /// The client was closed while the call was waiting.
+    Closed,
+}
+
+/// What a call was waiting for when its deadline passed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WaitingFor {
+    /// A connection: name resolution, TCP, TLS or AMQP's handshake.
+    Connection {
+        /// The brokers being tried, without passwords.
+        endpoint: String,
+        /// Why the latest attempt failed, if one has.
+        last_error: Option<String>,
+    },
+    /// Room in the socket: the broker does not read.
+    Room,
+    /// A broker that has blocked publishers (`connection.blocked`).
+    BlockedBroker {
+        /// The broker's reason, such as `low on memory`.
+        reason: String,
+    },
+    /// A request queue that does not exist (only when told to wait for one).
+    Queue {
+        /// The request queue.
+        queue: String,
+    },
+    /// An answer.
+    Answer {
+        /// The request queue.
+        queue: String,
+        /// What the broker said of the queue shortly before the deadline: its consumers, and
+        /// its requests not yet given to one. `None` if the broker did not say in time.
+        status: Option<QueueStatus>,
+    },
+}
+
+/// A queue's consumers and its messages that wait for one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueStatus {
+    /// How many consumers the queue has.
+    pub consumers: u32,
+    /// How many messages are ready, not counting those given to a consumer.
+    pub ready: u32,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::InvalidUrl(reason) => write!(f, "invalid broker URL: {reason}"),
+            Error::InvalidArgument(reason) => f.write_str(reason),
+            Error::Unreachable {
+                endpoint, reason, ..
+            } => {
+                write!(f, "cannot reach the broker at {endpoint}: {reason}")
+            }
+            Error::NoServer { queue } => write!(
+                f,
+                "no server: the queue '{queue}' does not exist (a running server declares it)"
+            ),
+            Error::Timeout { after, waiting_for } => {
+                write!(f, "no answer within {after:?}: {waiting_for}")
+            }
+            Error::Remote(error) => error.fmt(f),
+            Error::ConnectionLost { reason } => write!(
+                f,
+                "connection lost after sending ({reason}): the request may or may not have been executed"
+            ),
+            Error::QueueRefused { queue, reason } => {
+                write!(f, "the broker refuses the queue '{queue}': {reason}")
+            }
+            Error::DrainTimeout { after, workers } => write!(
+                f,
+                "{workers} of the workers had not finished within the drain timeout of {after:?}; \
+                 the broker gives their requests to another server"
+            ),
+            Error::Closed => f.write_str("the client was closed before the answer came"),
+        }
+    }
+}
+
+impl fmt::Display for WaitingFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WaitingFor::Connection {
+                endpoint,
+                last_error,
+            } => {
+                write!(f, "still connecting to {endpoint}")?;
+                match last_error {
+                    Some(error) => write!(f, " (last attempt: {error})"),
+                    None => Ok(()),
+                }
+            }
+            WaitingFor::Room => {
+                f.write_str("the request could not be sent, the broker does not read")
+            }
+            WaitingFor::BlockedBroker { reason } => {
+                write!(f, "the broker has blocked publishers ({reason})")
+            }
+            WaitingFor::Queue { queue } => write!(f, "the queue '{queue}' does not exist yet"),
+            WaitingFor::Answer {
+                queue,
+                status: None,
+            } => {
+                write!(
+                    f,
+                    "the request was sent to '{queue}', and the broker has fallen silent"
+                )
+            }
+            WaitingFor::Answer {
+                queue,
+                status:
+                    Some(QueueStatus {
+                        consumers: 0,
+                        ready,
+                    }),
+            } => write!(
+                f,
+                "nobody consumes the queue '{queue}' ({ready} waiting); is a server running?"
+            ),
+            WaitingFor::Answer {
+                queue,
+                status: Some(QueueStatus { consumers, ready }),
+            } => write!(
+                f,
+                "the queue '{queue}' has {consumers} consumer{} and {ready} request{} waiting",
+                if *consumers == 1 { "" } else { "s" },
+                if *ready == 1 { "" } else { "s" },
+            ),
+        }
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            Error::Unreachable {
+                source: Some(source),
+                ..
+            } => Some(source.as_ref()),
+            Error::Remote(error) => Some(error),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The command: parses, dispatches, prints, and chooses the exit code. Answers go to stdout,
+//! everything else to stderr.
+
+mod cli;
+
+use anyhow::Context;
+use clap::Parser;
+use cli::{Algorithm, CallArgs, Cli, Command, Output, ServerArgs};
+use crossbeam_channel::bounded;
+use fibrpc::{Answer, Client, Error, RemoteError, Request, Server, fib, parse_n};
+use serde::Serialize;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::{self, ErrorKind, Write};
+use std::process::{self, ExitCode};
+use std::sync::Once;
+use std::{env, str, thread};
+
+/// The exit code after an interrupt, as shells report it: 128 + SIGINT.
+const INTERRUPTED: u8 = 130;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging(cli.global.verbose);
+    let done = match cli.command {
+        Command::Server(args) => server(args, &cli.global),
+        Command::Call(args) => call(&args, &cli.global),
+    };
+    done.unwrap_or_else(|error| fail(&error))
+}
+
+/// Prints why the command failed, and says with what code.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    if let Some(usage) = error.downcast_ref::<clap::Error>() {
+        usage.exit();
+    }
+    if let Some(error) = error.downcast_ref::<io::Error>()
+        && error.kind() == ErrorKind::BrokenPipe
+    {
+        // Whoever read our output has enough.
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("error: {error:#}");
+    match error.downcast_ref::<Error>() {
+        Some(error) => {
+            print_hint(error);
+            ExitCode::from(class(error).1)
+        }
+        None => ExitCode::FAILURE,
+    }
+}
+
+/// An error's kind, for programs that read our JSON, and the exit code for it.
+fn class(error: &Error) -> (&'static str, u8) {
+    match error {
+        Error::InvalidUrl(_) | Error::InvalidArgument(_) => ("usage", 2),
+        Error::Remote(_) => ("remote", 3),
+        Error::Timeout { .. } | Error::DrainTimeout { .. } => ("timeout", 4),
+        Error::NoServer { .. } => ("no-server", 5),
+        Error::Unreachable { .. } | Error::QueueRefused { .. } => ("unreachable", 6),
+        Error::ConnectionLost { .. } => ("connection-lost", 7),
+        Error::Closed => ("interrupted", INTERRUPTED),
+        _ => ("internal", 1),
+    }
+}
+
+fn print_hint(error: &Error) {
+    let hint = match error {
+        Error::Unreachable { .. } => {
+            "is RabbitMQ running there? `make broker` starts one; --url or AMQP_URL names another"
+        }
+        Error::NoServer { .. } => "start one with `fibrpc server`, or wait with --wait-for-server",
+        _ => return,
+    };
+    eprintln!("  hint: {hint}");
+}
+
+fn server(args: ServerArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
+    let plan = args.plan(global)?;
+    let server = Server::new(plan.config)?;
+    let (running, stop) = bounded::<()>(0);
+    on_first_signal(move || drop(running))?;
+    let (algorithm, max_n, quiet) = (plan.algorithm, plan.max_n, plan.quiet);
+    let handler = move |request: Request| -> Result<Vec<u8>, RemoteError> {
+        let n = parse_n(&request.body, max_n)?;
+        if !quiet {
+            print_line(&format!(" [.] fib({n})"));
+        }
+        let result = match algorithm {
+            Algorithm::Recursive => u128::from(fib::recursive(n)),
+            Algorithm::Fast => fib::fast(n).unwrap_or_else(|| unreachable!("n is at most {max_n}")),
+        };
+        Ok(result.to_string().into_bytes())
+    };
+    let announced = Once::new();
+    let ready = || announced.call_once(|| print_line(" [x] Awaiting RPC requests"));
+    let stats = server.run(handler, ready, stop)?;
+    log::info!(
+        "stopped: {} answered, {} refused, {} without reply_to",
+        stats.answered,
+        stats.refused,
+        stats.unanswerable
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints a line, whole, from any thread. A server goes on when nobody reads its output.
+fn print_line(line: &str) {
+    let _ = writeln!(io::stdout().lock(), "{line}");
+}
+
+fn call(args: &CallArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
+    let client = Client::new(args.config(global)?)?;
+    let interrupted = client.clone();
+    on_first_signal(move || interrupted.close())?;
+    let requests = args.numbers.iter().map(i128::to_string);
+    let mut answers = client.call_many(requests, args.concurrency.get());
+    let mut first_failure = None;
+    for &n in &args.numbers {
+        if args.output == Output::Text {
+            writeln!(io::stdout().lock(), " [x] Requesting fib({n})")?;
+        }
+        let answer = answers.next().context("a call has no answer")?;
+        if let Err(error) = report(n, &answer, args.output)? {
+            first_failure.get_or_insert(class(&error).1);
+        }
+        if client.is_closed() {
+            break;
+        }
+    }
+    Ok(first_failure.map_or(ExitCode::SUCCESS, ExitCode::from))
+}
+
+/// Prints how one call ended; returns the error if it failed.
+fn report(n: i128, answer: &Answer<u64>, output: Output) -> io::Result<Result<(), Error>> {
+    let result = answer.result.clone().and_then(|body| decimal(&body));
+    match (&result, output) {
+        (_, Output::Json) => {
+            let line = JsonLine {
+                n,
+                result: result.as_deref().ok(),
+                error: result.as_ref().err().map(|error| JsonError {
+                    kind: class(error).0,
+                    message: error.to_string(),
+                }),
+                latency_ms: answer.latency.as_micros() as f64 / 1000.0,
+            };
+            writeln!(io::stdout().lock(), "{}", serde_json::to_string(&line)?)?;
+        }
+        (Ok(number), Output::Text) => writeln!(io::stdout().lock(), " [.] Got {number}")?,
+        (Ok(number), Output::Raw) => writeln!(io::stdout().lock(), "{number}")?,
+        (Err(error), Output::Text | Output::Raw) => {
+            eprintln!("error: fib({n}): {error}");
+            print_hint(error);
+        }
+    }
+    Ok(result.map(drop))
+}
+
+#[derive(Serialize)]
+struct JsonLine<'a> {
+    n: i128,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    result: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<JsonError>,
+    latency_ms: f64,
+}
+
+#[derive(Serialize)]
+struct JsonError {
+    kind: &'static str,
+    message: String,
+}
+
+/// A reply's number. Anything else is an error that a server sent without our header.
+fn decimal(body: &[u8]) -> Result<String, Error> {
+    match str::from_utf8(body) {
+        Ok(text) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(text.to_owned()),
+        _ => {
+            let shown = body[..body.len().min(100)].escape_ascii();
+            let message = format!("the answer is not a number: \"{shown}\"");
+            Err(Error::Remote(RemoteError::internal(message)))
+        }
+    }
+}
+
+/// Does something on the first SIGINT or SIGTERM; exits at once on the second.
+fn on_first_signal(action: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot listen for signals")?;
+    let listen = move || {
+        let mut action = Some(action);
+        for _ in signals.forever() {
+            match action.take() {
+                Some(action) => action(),
+                None => process::exit(i32::from(INTERRUPTED)),
+            }
+        }
+    };
+    // Owned by nobody; it ends with the process.
+    thread::Builder::new()
+        .name("fibrpc-signals".to_owned())
+        .spawn(listen)?;
+    Ok(())
+}
+
+/// Logs to stderr: warnings, and more with -v or as `RUST_LOG` says.
+fn start_logging(verbose: u8) {
+    let ours = match verbose {
+        0 => log::LevelFilter::Warn,
+        1 => log::LevelFilter::Info,
+        _ => log::LevelFilter::Debug,
+    };
+    // journald adds the time itself.
+    let with_time = env::var_os("JOURNAL_STREAM").is_none();
+    env_logger::Builder::new()
+        .filter_module("fibrpc", ours)
+        .parse_default_env()
+        .format(move |out, record| {
+            // amiquip logs the handshake at debug, with the password in it.
+            if record.target().starts_with("amiquip") && record.level() >= log::Level::Debug {
+                return Ok(());
+            }
+            let style = out.default_level_style(record.level());
+            if with_time {
+                write!(out, "{} ", out.timestamp_millis())?;
+            }
+            writeln!(out, "{style}{}{style:#} {}", record.level(), record.args())
+        })
+        .init();
+}

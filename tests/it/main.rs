@@ -1,0 +1,7 @@
+//! Tests against a real broker: `make test` starts one.
+
+mod cli;
+mod failures;
+mod interop;
+mod rpc;
+mod support;
