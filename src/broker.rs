@@ -588,18 +588,12 @@ impl Drop for Consuming<'_> {
 #[derive(Debug, Default)]
 pub(crate) struct Backoff {
     attempts: u32,
+    latest: Duration,
 }
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(100);
     const LONGEST: Duration = Duration::from_secs(5);
-
-    /// Starts over if what was tried held for a while before it failed.
-    pub fn held_for(&mut self, time: Duration) {
-        if time > Self::LONGEST {
-            self.attempts = 0;
-        }
-    }
 
     /// How long to wait before the next attempt.
     pub fn next(&mut self) -> Duration {
@@ -607,7 +601,16 @@ impl Backoff {
             .saturating_mul(1 << self.attempts.min(10))
             .min(Self::LONGEST);
         self.attempts += 1;
-        whole.mul_f64(rand::random_range(0.5..=1.0))
+        self.latest = whole.mul_f64(rand::random_range(0.5..=1.0));
+        self.latest
+    }
+
+    /// Starts over if the latest attempt led to something that held for longer than the wait
+    /// before it. A connection that is lost as soon as it is made, again and again, does not.
+    pub fn held_for(&mut self, time: Duration) {
+        if time > self.latest {
+            self.attempts = 0;
+        }
     }
 }
 
@@ -696,6 +699,16 @@ mod tests {
             assert!(wait <= whole && wait >= whole / 2, "{wait:?} of {whole:?}");
             whole = (whole * 2).min(Duration::from_secs(5));
         }
+    }
+
+    #[test]
+    fn backoff_starts_over_after_what_held_for_longer_than_the_wait() {
+        let mut backoff = Backoff::default();
+        let third = (0..3).map(|_| backoff.next()).last().unwrap();
+        backoff.held_for(third / 2);
+        assert!(backoff.next() > Backoff::FIRST);
+        backoff.held_for(Backoff::LONGEST);
+        assert!(backoff.next() <= Backoff::FIRST);
     }
 
     #[test]

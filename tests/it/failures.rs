@@ -1,1 +1,464 @@
+//! What goes wrong between here and there, caused for real: each test that harms a broker has
+//! one of its own.
 
+use crate::support::{
+    PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server, signal,
+    unique, url,
+};
+use amiquip::QueueDeclareOptions;
+use fibrpc::{Client, ClientConfig, Error, WaitingFor};
+use std::net::TcpListener;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// A client whose calls wait for broker and queue.
+fn patient_client(url: &str, queue: &str) -> Client {
+    let mut config = ClientConfig::default();
+    config.endpoints = url.parse().unwrap();
+    config.queue = queue.to_owned();
+    config.timeout = 2 * PATIENCE;
+    config.wait_for_server = true;
+    Client::new(config).unwrap()
+}
+
+/// Runs one call in a thread; the receiver gets its end.
+fn begin(client: &Client, n: &str) -> thread::JoinHandle<Result<Vec<u8>, Error>> {
+    let (client, n) = (client.clone(), n.to_owned());
+    thread::spawn(move || client.call(n.as_bytes()))
+}
+
+#[test]
+fn calls_and_server_survive_a_broker_killed_and_restarted() {
+    let mut broker = PrivateBroker::start();
+    let queue = unique("killed");
+    let server = server(&broker.url, &queue, &["--workers", "2"]);
+    let client = client(&broker.url, &queue, 2 * PATIENCE);
+    assert_eq!(client.call(b"10").unwrap(), b"55");
+    let slow = begin(&client, "42");
+    server.wait_for(" [.] fib(42)");
+    broker.kill();
+    let said = server.wait_for_stderr("lost the connection");
+    assert!(said.contains("127.0.0.1"), "{said}");
+    // One begun while there is no broker at all waits, too.
+    let late = begin(&client, "11");
+    server.wait_for_stderr("trying again");
+    broker.boot();
+    assert_eq!(slow.join().unwrap().unwrap(), b"267914296");
+    assert_eq!(late.join().unwrap().unwrap(), b"89");
+    assert_eq!(client.call(b"12").unwrap(), b"144");
+    assert_eq!(client.stats().connections, 2);
+}
+
+#[test]
+fn without_retry_a_lost_connection_ends_the_call_with_its_outcome_unknown() {
+    let broker = PrivateBroker::start();
+    let queue = unique("no-retry");
+    let server = server(&broker.url, &queue, &["--workers", "1"]);
+    let mut call = Process::spawn(fibrpc(&broker.url, &queue).args([
+        "call",
+        "--no-retry",
+        "--timeout",
+        "60s",
+        "44",
+    ]));
+    server.wait_for(" [.] fib(44)");
+    broker.kill();
+    assert_eq!(call.wait(PATIENCE).code(), Some(7));
+    let (_, stderr) = call.output();
+    assert!(
+        stderr.contains("may or may not have been executed"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_connection_closed_by_an_operator_is_made_again_and_calls_survive() {
+    let broker = PrivateBroker::start();
+    let queue = unique("operator");
+    let server = server(&broker.url, &queue, &["--workers", "1"]);
+    let client = client(&broker.url, &queue, 2 * PATIENCE);
+    for round in 1..=2 {
+        let slow = begin(&client, "41");
+        server.wait_for(" [.] fib(41)");
+        broker.ctl(&["close_all_connections", "maintenance"]);
+        let said = server.wait_for_stderr("lost the connection");
+        assert!(
+            said.contains("320") && said.contains("maintenance"),
+            "{said}"
+        );
+        assert_eq!(slow.join().unwrap().unwrap(), b"165580141", "round {round}");
+    }
+    assert!(client.stats().republished >= 2, "{:?}", client.stats());
+}
+
+#[test]
+fn a_stopped_broker_holds_no_call_past_its_deadline_and_is_used_again_when_it_goes_on() {
+    let broker = PrivateBroker::start();
+    let queue = unique("stopped");
+    let _server = server(&broker.url, &queue, &["--workers", "1"]);
+    let client = client(&broker.url, &queue, Duration::from_secs(2));
+    assert_eq!(client.call(b"10").unwrap(), b"55");
+    signal(broker.pid(), "STOP");
+    // Connected already: the request is sent, and nothing comes.
+    let began = Instant::now();
+    match client.call(b"10") {
+        Err(Error::Timeout {
+            waiting_for: WaitingFor::Answer { status: None, .. },
+            ..
+        }) => {}
+        other => panic!("expected a timeout waiting for an answer, got {other:?}"),
+    }
+    assert!(
+        began.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        began.elapsed()
+    );
+    // Not connected yet: the socket opens, and nothing is said on it.
+    let call = run(fibrpc(&broker.url, &queue).args(["call", "--timeout", "1s", "10"]));
+    assert_eq!(call.code(), Some(4));
+    assert!(call.stderr.contains("still connecting"), "{}", call.stderr);
+    assert!(call.took < Duration::from_secs(3), "{:?}", call.took);
+    signal(broker.pid(), "CONT");
+    eventually("the client is answered again", || {
+        client.call(b"10").is_ok()
+    });
+}
+
+#[test]
+fn a_broker_that_falls_silent_is_given_up_after_two_heartbeats() {
+    let broker = PrivateBroker::start();
+    let queue = unique("silent");
+    let url = format!("{}?heartbeat=2", broker.url);
+    let server = server(&url, &queue, &["--workers", "1"]);
+    let client = client(&url, &queue, 2 * PATIENCE);
+    assert_eq!(client.call(b"10").unwrap(), b"55");
+    signal(broker.pid(), "STOP");
+    let pending = begin(&client, "11");
+    let said = server.wait_for_stderr("lost the connection");
+    assert!(said.contains("fallen silent"), "{said}");
+    signal(broker.pid(), "CONT");
+    assert_eq!(pending.join().unwrap().unwrap(), b"89");
+}
+
+#[test]
+fn a_memory_alarm_is_named_by_the_timeout_and_over_when_it_is_over() {
+    let broker = PrivateBroker::start();
+    let queue = unique("alarm");
+    let server = server(&broker.url, &queue, &["--workers", "1"]);
+    let client = client(&broker.url, &queue, Duration::from_secs(2));
+    assert_eq!(client.call(b"10").unwrap(), b"55");
+    broker.ctl(&["set_vm_memory_high_watermark", "0"]);
+    let began = Instant::now();
+    match client.call(b"10") {
+        Err(Error::Timeout {
+            waiting_for: WaitingFor::BlockedBroker { reason },
+            ..
+        }) => {
+            assert!(reason.contains("memory"), "{reason}");
+        }
+        other => panic!("expected a timeout for a blocked broker, got {other:?}"),
+    }
+    assert!(
+        began.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        began.elapsed()
+    );
+    // A process that starts now connects, publishes, and is blocked; it must end in time, too.
+    let call = run(fibrpc(&broker.url, &queue).args(["call", "--timeout", "2s", "10"]));
+    assert_eq!(call.code(), Some(4));
+    assert!(call.stderr.contains("blocked"), "{}", call.stderr);
+    assert!(call.took < Duration::from_secs(4), "{:?}", call.took);
+    broker.ctl(&["set_vm_memory_high_watermark", "0.8"]);
+    eventually("the client is answered again", || {
+        client.call(b"10").is_ok()
+    });
+    server.signal("TERM");
+    let mut server = server;
+    assert!(server.wait(PATIENCE).success());
+}
+
+#[test]
+fn a_full_socket_holds_no_call_past_its_deadline() {
+    let broker = PrivateBroker::start();
+    let queue = unique("full");
+    let peer = Peer::connect(&broker.url);
+    peer.channel
+        .queue_declare(&*queue, QueueDeclareOptions::default())
+        .unwrap();
+    let client = client(&broker.url, &queue, Duration::from_secs(2));
+    assert!(matches!(client.call(b"1"), Err(Error::Timeout { .. })));
+    signal(broker.pid(), "STOP");
+    // Far more than the kernel's buffers and ours take.
+    let request = vec![b'1'; 8 << 20];
+    let began = Instant::now();
+    let mut calls = client.calls();
+    for call in 0..8 {
+        calls.submit(call, &request);
+    }
+    let mut unsent = 0;
+    for answer in calls {
+        match answer.result {
+            Err(Error::Timeout {
+                waiting_for: WaitingFor::Room,
+                ..
+            }) => unsent += 1,
+            Err(Error::Timeout { .. }) => {}
+            other => panic!("expected a timeout, got {:?}", other.map(|body| body.len())),
+        }
+    }
+    assert!(unsent > 0, "some could not be sent");
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
+    signal(broker.pid(), "CONT");
+}
+
+#[test]
+fn a_queue_deleted_under_a_running_server_is_declared_again() {
+    let broker = PrivateBroker::start();
+    let queue = unique("deleted");
+    let server = server(&broker.url, &queue, &["--workers", "4"]);
+    let client = patient_client(&broker.url, &queue);
+    assert_eq!(client.call(b"10").unwrap(), b"55");
+    // One that is being executed is still answered.
+    let slow = begin(&client, "41");
+    server.wait_for(" [.] fib(41)");
+    broker.ctl(&["delete_queue", &queue]);
+    server.wait_for_stderr("declaring it again");
+    assert_eq!(client.call(b"11").unwrap(), b"89");
+    assert_eq!(slow.join().unwrap().unwrap(), b"165580141");
+    assert_eq!(
+        client.stats().connections,
+        1,
+        "the client's connection is not concerned"
+    );
+}
+
+#[test]
+fn a_callback_queue_deleted_by_an_operator_is_made_again_and_the_call_answered() {
+    let broker = PrivateBroker::start();
+    let queue = unique("callback-deleted");
+    let server = server(&broker.url, &queue, &["--workers", "1"]);
+    let client = client(&broker.url, &queue, 2 * PATIENCE);
+    let slow = begin(&client, "41");
+    server.wait_for(" [.] fib(41)");
+    broker.delete_callback_queues();
+    assert_eq!(slow.join().unwrap().unwrap(), b"165580141");
+    assert_eq!(client.stats().connections, 2);
+}
+
+#[test]
+fn a_channel_error_is_told_and_the_server_comes_back_when_its_cause_is_gone() {
+    let broker = PrivateBroker::start();
+    broker.ctl(&["add_user", "limited", "secret-of-the-test"]);
+    broker.ctl(&["set_permissions", "limited", ".*", "^$", ".*"]);
+    let queue = unique("403");
+    let url = broker
+        .url
+        .replace("guest:guest", "limited:secret-of-the-test");
+    // It may consume, and not publish: the first reply ends its channel.
+    let server = server(&url, &queue, &["--workers", "1"]);
+    let client = client(&broker.url, &queue, 2 * PATIENCE);
+    let pending = begin(&client, "10");
+    let said = server.wait_for_stderr("lost the connection");
+    assert!(said.contains("403"), "{said}");
+    assert!(!said.contains("secret"), "{said}");
+    broker.ctl(&["set_permissions", "limited", ".*", ".*", ".*"]);
+    assert_eq!(pending.join().unwrap().unwrap(), b"55");
+}
+
+#[test]
+fn server_and_patient_caller_may_be_there_before_the_broker() {
+    let mut broker = PrivateBroker::start();
+    broker.kill();
+    let queue = unique("booting");
+    let server =
+        Process::spawn(fibrpc(&broker.url, &queue).args(["server", "--connect-timeout", "2m"]));
+    let call = Process::spawn(fibrpc(&broker.url, &queue).args([
+        "call",
+        "--wait-for-server",
+        "--timeout",
+        "2m",
+        "--output",
+        "raw",
+        "10",
+    ]));
+    server.wait_for_stderr("trying again");
+    broker.boot();
+    assert_eq!(server.line(), " [x] Awaiting RPC requests");
+    assert_eq!(call.line(), "55");
+}
+
+#[test]
+fn a_server_that_was_never_connected_gives_up_with_exit_6() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = closed.local_addr().unwrap();
+    drop(closed);
+    let server =
+        run(fibrpc(&format!("amqp://{address}"), "q").args(["server", "--connect-timeout", "1s"]));
+    assert_eq!(server.code(), Some(6));
+    assert!(
+        server.stderr.contains(&address.to_string()),
+        "{}",
+        server.stderr
+    );
+    assert_eq!(server.stdout, "");
+}
+
+#[test]
+fn a_server_told_to_stop_while_it_connects_stops() {
+    // A socket that accepts and never speaks.
+    let mute = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("amqp://{}", mute.local_addr().unwrap());
+    let mut server = Process::spawn(fibrpc(&url, "q").args(["server", "--connect-timeout", "10m"]));
+    let _connection = mute.accept().unwrap();
+    server.signal("TERM");
+    assert_eq!(server.wait(PATIENCE).code(), Some(0));
+}
+
+#[test]
+fn a_call_waits_for_a_queue_that_does_not_exist_yet_if_told_to() {
+    let queue = unique("wait");
+    let call = Process::spawn(fibrpc(&url(), &queue).args([
+        "call",
+        "--wait-for-server",
+        "--timeout",
+        "2m",
+        "--output",
+        "raw",
+        "10",
+    ]));
+    // It has been returned at least once by now; that it waits is what the answer shows.
+    thread::sleep(Duration::from_millis(300));
+    let _server = server(&url(), &queue, &["--quiet"]);
+    assert_eq!(call.line(), "55");
+    let in_vain = run(fibrpc(&url(), &unique("never")).args([
+        "call",
+        "--wait-for-server",
+        "--timeout",
+        "1s",
+        "10",
+    ]));
+    assert_eq!(in_vain.code(), Some(4));
+    assert!(
+        in_vain.stderr.contains("does not exist yet"),
+        "{}",
+        in_vain.stderr
+    );
+}
+
+#[test]
+fn a_request_whose_caller_has_given_up_is_not_executed() {
+    let queue = unique("expired");
+    let peer = Peer::connect(&url());
+    peer.channel
+        .queue_declare(&*queue, QueueDeclareOptions::default())
+        .unwrap();
+    let client = client(&url(), &queue, Duration::from_millis(300));
+    assert!(matches!(client.call(b"20"), Err(Error::Timeout { .. })));
+    let server = server(&url(), &queue, &["--workers", "1"]);
+    assert_eq!(
+        run(fibrpc(&url(), &queue).args(["call", "--output", "raw", "21"])).stdout,
+        "10946\n"
+    );
+    assert_eq!(
+        server.line(),
+        " [.] fib(21)",
+        "the expired fib(20) was never seen"
+    );
+}
+
+#[test]
+fn a_server_stopped_under_load_loses_and_duplicates_nothing() {
+    let queue = unique("drain-load");
+    let _stays = server(&url(), &queue, &["--workers", "2", "--quiet"]);
+    let client = client(&url(), &queue, 2 * PATIENCE);
+    let (done, is_done) = crossbeam_channel::bounded::<()>(0);
+    let load = thread::spawn({
+        let client = client.clone();
+        move || {
+            let endless = std::iter::repeat("20").take_while(|_| {
+                is_done.try_recv() != Err(crossbeam_channel::TryRecvError::Disconnected)
+            });
+            let mut answered = 0;
+            for answer in client.call_many(endless, 64) {
+                assert_eq!(answer.result.unwrap(), b"6765");
+                answered += 1;
+            }
+            answered
+        }
+    });
+    for _ in 0..5 {
+        let mut leaves = server(
+            &url(),
+            &queue,
+            &["--workers", "4", "--prefetch", "8", "--quiet"],
+        );
+        thread::sleep(Duration::from_millis(200)); // under load for a while, not for anything
+        leaves.signal("TERM");
+        assert!(leaves.wait(PATIENCE).success());
+    }
+    drop(done);
+    let answered = load.join().unwrap();
+    assert!(answered > 100, "{answered}");
+    assert_eq!(
+        client.stats().dropped_replies,
+        0,
+        "nothing was answered twice"
+    );
+    assert_eq!(client.stats().connections, 1);
+}
+
+#[test]
+fn client_lifetimes_and_reconnects_leave_nothing_behind() {
+    const LIFETIMES: usize = 1000;
+    const RECONNECTS: u64 = 100;
+    let broker = PrivateBroker::start();
+    let queue = unique("leaks");
+    let _server = server(&broker.url, &queue, &["--quiet", "--workers", "2"]);
+    let descriptors = || std::fs::read_dir("/proc/self/fd").map(|fds| fds.count());
+    let threads = || std::fs::read_dir("/proc/self/task").map(|tasks| tasks.count());
+    let lasting = client(&broker.url, &queue, 2 * PATIENCE);
+    lasting.call(b"1").unwrap();
+    let before = descriptors().ok().zip(threads().ok());
+    for _ in 0..LIFETIMES {
+        assert_eq!(
+            client(&broker.url, &queue, PATIENCE).call(b"1").unwrap(),
+            b"1"
+        );
+    }
+    // Its own callback queue deleted is the client's quickest way to lose its link.
+    broker.delete_callback_queues_over_and_over();
+    let deadline = Instant::now() + 6 * PATIENCE;
+    while lasting.stats().connections <= RECONNECTS {
+        assert_eq!(lasting.call(b"2").unwrap(), b"1");
+        assert!(
+            Instant::now() < deadline,
+            "too few reconnects: {:?}",
+            lasting.stats()
+        );
+    }
+    broker.leave_callback_queues_alone();
+    // It is connected only when it has to be.
+    assert_eq!(lasting.call(b"2").unwrap(), b"1");
+    let count = |what: &str| broker.ctl(&["-q", what]).lines().count();
+    eventually("the broker has only what is in use", || {
+        (count("list_connections"), count("list_queues")) == (2 + 1, 2 + 1) // and a heading each
+    });
+    let channels = broker.ctl(&["-q", "list_channels", "pid"]).lines().count();
+    assert_eq!(
+        channels,
+        3 + 1,
+        "one for the client, two for the workers, a heading"
+    );
+    if let Some(before) = before {
+        // Other tests run in this process at the same time and have some of their own.
+        let after = (descriptors().unwrap(), threads().unwrap());
+        assert!(
+            after.0 < before.0 + 200 && after.1 < before.1 + 100,
+            "{before:?} -> {after:?}"
+        );
+    }
+}

@@ -444,6 +444,25 @@ impl PrivateBroker {
         String::from_utf8(self.script(&[&["ctl"], arguments].concat()).stdout).unwrap()
     }
 
+    /// Deletes every callback queue, as no operator could: they are exclusive.
+    pub fn delete_callback_queues(&self) {
+        self.ctl(&["eval", &format!("{DELETE_CALLBACK_QUEUES}.")]);
+    }
+
+    /// Does so several times a second, in the broker itself: rabbitmqctl takes a second to start.
+    pub fn delete_callback_queues_over_and_over(&self) {
+        let forever = format!(
+            "register(deleter, spawn(fun() -> \
+             [begin {DELETE_CALLBACK_QUEUES}, timer:sleep(300) end || _ <- lists:seq(1, 10000)] end))."
+        );
+        self.ctl(&["eval", &forever]);
+    }
+
+    /// Ends that.
+    pub fn leave_callback_queues_alone(&self) {
+        self.ctl(&["eval", "exit(whereis(deleter), kill)."]);
+    }
+
     fn script(&self, arguments: &[&str]) -> Output {
         let output = Command::new(root().join("scripts/broker"))
             .args(arguments)
@@ -458,6 +477,11 @@ impl PrivateBroker {
         output
     }
 }
+
+/// An Erlang expression for the broker to evaluate.
+const DELETE_CALLBACK_QUEUES: &str = "[rabbit_amqqueue:delete(Q, false, false, <<\"test\">>) || \
+    Q <- rabbit_amqqueue:list(<<\"/\">>), \
+    binary:match(element(4, element(2, Q)), <<\"amq.gen-\">>) =/= nomatch]";
 
 impl Drop for PrivateBroker {
     fn drop(&mut self) {
