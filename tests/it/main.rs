@@ -2,6 +2,7 @@
 
 mod cli;
 mod failures;
+mod hostile;
 mod interop;
 mod rpc;
 mod support;

@@ -343,6 +343,24 @@ impl RawPeer {
         }
     }
 
+    /// Declares a queue of our own that keeps its ten newest messages; returns its name.
+    pub fn declare_bounded_queue(&mut self) -> String {
+        let mut arguments = vec![0, 0];
+        arguments.extend(short_string(b""));
+        arguments.push(1 << 2); // exclusive
+        let limit = [
+            &short_string(b"x-max-length")[..],
+            b"I",
+            &10_u32.to_be_bytes(),
+        ]
+        .concat();
+        arguments.extend(long_string(&limit));
+        self.send_method(1, 50, 10, &arguments);
+        let declared = self.expect_method(50, 11);
+        let len = usize::from(declared[0]);
+        String::from_utf8(declared[1..=len].to_vec()).unwrap()
+    }
+
     /// Waits until the broker has taken all that was sent; panics if it has closed the channel.
     pub fn flush(&mut self) {
         self.send_method(1, 60, 10, &[0, 0, 0, 0, 0, 1, 0]); // qos, a round trip
