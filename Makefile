@@ -4,8 +4,11 @@
 PREFIX ?= /usr/local
 CARGO  ?= cargo
 
+CHAOS_SECONDS ?= 60
+CHAOS_SEED    ?= 42
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build install broker clean
+.PHONY: help demo test chaos lint build install broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +19,10 @@ demo: ## see it work: a broker, a server, one call, 832040
 
 test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL names)
 	scripts/broker with-broker $(CARGO) test --locked
+
+chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
+	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
+		$(CARGO) test --locked --release --test it chaos -- --nocapture
 
 lint: ## formatting, clippy, documentation, shell scripts; warnings are errors
 	$(CARGO) fmt --check

@@ -37,6 +37,9 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 /// How often requests that could not be delivered, or not be sent, are tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
+/// How often it is checked, at least, whether a request is to be sent again.
+const RESEND_INTERVAL: Duration = Duration::from_millis(500);
+
 /// How long after a reconnect a missing queue is waited for: a server that lost the same broker
 /// is back after at most one of its own waits between attempts, and some time to connect.
 const RETURN_GRACE: Duration = Duration::from_secs(10);
@@ -76,6 +79,11 @@ pub struct ClientConfig {
     /// Whether a request that was sent is sent again when its connection is lost. If not, the
     /// call ends with [`Error::ConnectionLost`]. Default: true.
     pub retry: bool,
+    /// After how long an unanswered request is sent again, under the same correlation id; then
+    /// after twice that, and so on. It saves calls whose request was lost where no client can
+    /// see it: the queue was purged or deleted, or was on another node of a cluster that died.
+    /// The price: a handler that takes longer runs more than once. Default: never.
+    pub resend_after: Option<Duration>,
     /// Whether calls wait, until their deadline, for a broker that is not up and a request queue
     /// that does not exist yet. If not, they end at once. Default: false.
     pub wait_for_server: bool,
@@ -89,6 +97,7 @@ impl Default for ClientConfig {
             reply_to: ReplyTo::Queue,
             timeout: Duration::from_secs(30),
             retry: true,
+            resend_after: None,
             wait_for_server: false,
         }
     }
@@ -132,7 +141,7 @@ impl fmt::Debug for Client {
 pub struct ClientStats {
     /// Connections made.
     pub connections: u64,
-    /// Requests published again after a connection was lost.
+    /// Requests sent again: after a lost connection, or as [`ClientConfig::resend_after`] says.
     pub republished: u64,
     /// Replies dropped because no call waits for them: duplicates, and those after a deadline.
     pub dropped_replies: u64,
@@ -320,6 +329,11 @@ impl<K> Calls<'_, K> {
             deadline,
             sent_on: 0,
             returned: false,
+            resend: self
+                .shared
+                .config
+                .resend_after
+                .map(|after| (submitted + after, after)),
             events: self.events.clone(),
         };
         self.shared.begin(id, pending);
@@ -538,8 +552,24 @@ struct Pending {
     sent_on: u64,
     /// Whether the broker returned it because there is no such queue.
     returned: bool,
+    /// When it is to be sent again, and how long it will have been unanswered then.
+    resend: Option<(Instant, Duration)>,
     /// The way to its caller.
     events: Sender<Event>,
+}
+
+impl Pending {
+    /// Whether it is time to send it again; if so, the next time is set.
+    fn is_overdue(&mut self, now: Instant) -> bool {
+        match &mut self.resend {
+            Some((at, after)) if now >= *at => {
+                *after *= 2;
+                *at = now + *after;
+                true
+            }
+            _ => false,
+        }
+    }
 }
 
 /// One live connection, as the callers see it.
@@ -1003,7 +1033,11 @@ impl Keeper {
     fn serve(&self, link: &Link, connection: &mut Connection) -> End {
         let mut unsent = false;
         loop {
-            let wake_after = if unsent { RETRY_INTERVAL } else { FAR_FUTURE };
+            let wake_after = match self.shared.config.resend_after {
+                _ if unsent => RETRY_INTERVAL,
+                Some(after) => after.clamp(RETRY_INTERVAL, RESEND_INTERVAL),
+                _ => FAR_FUTURE,
+            };
             select! {
                 recv(self.kicked) -> _ => {}
                 recv(connection.down) -> _ => return End::Lost,
@@ -1053,8 +1087,9 @@ impl Keeper {
     /// Sends what is pending and was not sent on this link.
     fn send_unsent(&self, link: &Link) {
         let mut unsent = Vec::new();
+        let now = Instant::now();
         for (&id, pending) in &mut self.shared.lock().pending {
-            if pending.sent_on < link.generation {
+            if pending.sent_on < link.generation || pending.is_overdue(now) {
                 let again = pending.sent_on > 0;
                 (pending.sent_on, pending.returned) = (link.generation, false);
                 let message = Unsent {

@@ -462,6 +462,11 @@ impl PrivateBroker {
         String::from_utf8(self.script(&[&["ctl"], arguments].concat()).stdout).unwrap()
     }
 
+    /// Runs rabbitmqctl, which may fail.
+    pub fn try_ctl(&self, arguments: &[&str]) -> Output {
+        self.run_script(&[&["ctl"], arguments].concat())
+    }
+
     /// Deletes every callback queue, as no operator could: they are exclusive.
     pub fn delete_callback_queues(&self) {
         self.ctl(&["eval", &format!("{DELETE_CALLBACK_QUEUES}.")]);
@@ -482,17 +487,21 @@ impl PrivateBroker {
     }
 
     fn script(&self, arguments: &[&str]) -> Output {
-        let output = Command::new(root().join("scripts/broker"))
-            .args(arguments)
-            .env("BROKER_DIR", &self.folder)
-            .output()
-            .unwrap();
+        let output = self.run_script(arguments);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(
             output.status.success(),
             "scripts/broker {arguments:?}: {said}"
         );
         output
+    }
+
+    fn run_script(&self, arguments: &[&str]) -> Output {
+        Command::new(root().join("scripts/broker"))
+            .args(arguments)
+            .env("BROKER_DIR", &self.folder)
+            .output()
+            .unwrap()
     }
 }
 

@@ -1,0 +1,255 @@
+//! Everything at once: a steady load of checked calls from several clients, two servers, and
+//! faults from a seeded schedule. `make chaos` runs it for a minute and prints the table; a short
+//! run is part of `make test`.
+//!
+//! The promise: with deadlines longer than the outages, nothing wrong, nothing lost, nothing hung.
+
+use crate::support::{PATIENCE, PrivateBroker, Process, fibrpc, server, signal, unique};
+use fibrpc::{Client, ClientConfig, ClientStats, fib};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long the faults go on, unless `CHAOS_SECONDS` says otherwise; in any case until each kind
+/// has come once.
+const SECONDS: u64 = 15;
+
+/// The schedule unless `CHAOS_SEED` says otherwise.
+const SEED: u64 = 42;
+
+/// How many clients call, and how many calls each has in flight.
+const CLIENTS: u64 = 3;
+const WINDOW: usize = 8;
+
+/// Each call's deadline: longer than any outage, which is at most a broker's reboot on a busy
+/// machine and the two waits between attempts to connect.
+const TIMEOUT: Duration = Duration::from_secs(90);
+
+/// A purged or deleted queue takes its requests along; this is when they are sent again.
+const RESEND_AFTER: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Fault {
+    ServerKilled,
+    BrokerKilled,
+    BrokerStopped,
+    ConnectionsClosed,
+    QueueDeleted,
+    QueuePurged,
+    MemoryAlarm,
+}
+
+const FAULTS: [Fault; 7] = [
+    Fault::ServerKilled,
+    Fault::BrokerKilled,
+    Fault::BrokerStopped,
+    Fault::ConnectionsClosed,
+    Fault::QueueDeleted,
+    Fault::QueuePurged,
+    Fault::MemoryAlarm,
+];
+
+/// What became of one client's calls.
+#[derive(Debug, Default)]
+struct Tally {
+    made: u64,
+    right: u64,
+    wrong: u64,
+    failed: BTreeMap<String, u64>,
+    overrun: Duration,
+    longest: Duration,
+}
+
+fn from_environment(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text}: expected a number"))
+    })
+}
+
+fn load(client: &Client, seed: u64, over: &AtomicBool) -> Tally {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut tally = Tally::default();
+    let mut calls = client.calls();
+    loop {
+        while calls.len() < WINDOW && !over.load(Ordering::Relaxed) {
+            let n = rng.random_range(0..=fib::FAST_N_MAX);
+            calls.submit(n, n.to_string().as_bytes());
+            tally.made += 1;
+        }
+        let Some(answer) = calls.next() else {
+            return tally;
+        };
+        tally.overrun = tally.overrun.max(answer.latency.saturating_sub(TIMEOUT));
+        tally.longest = tally.longest.max(answer.latency);
+        match answer.result {
+            Ok(body) if body == fib::fast(answer.key).unwrap().to_string().as_bytes() => {
+                tally.right += 1
+            }
+            Ok(_) => tally.wrong += 1,
+            Err(error) => *tally.failed.entry(error.to_string()).or_default() += 1,
+        }
+    }
+}
+
+/// The part that is harmed.
+struct System {
+    broker: PrivateBroker,
+    queue: String,
+    servers: Vec<Process>,
+    rng: StdRng,
+}
+
+impl System {
+    fn start_server(&self) -> Process {
+        let arguments = [
+            "server",
+            "--workers",
+            "2",
+            "--quiet",
+            "--algorithm",
+            "fast",
+            "--connect-timeout",
+            "2m",
+        ];
+        Process::spawn(fibrpc(&self.broker.url, &self.queue).args(arguments))
+    }
+
+    fn inflict(&mut self, fault: Fault) {
+        let while_it_lasts = Duration::from_millis(self.rng.random_range(500..3000));
+        match fault {
+            Fault::ServerKilled => {
+                let victim = self.rng.random_range(0..self.servers.len());
+                self.servers[victim].signal("KILL");
+                self.servers[victim] = self.start_server();
+            }
+            Fault::BrokerKilled => {
+                self.broker.kill();
+                self.broker.boot();
+            }
+            Fault::BrokerStopped => {
+                signal(self.broker.pid(), "STOP");
+                thread::sleep(while_it_lasts);
+                signal(self.broker.pid(), "CONT");
+            }
+            Fault::ConnectionsClosed => drop(self.broker.ctl(&["close_all_connections", "chaos"])),
+            // The queue may be gone already, with a broker just rebooted.
+            Fault::QueueDeleted => drop(self.broker.try_ctl(&["delete_queue", &self.queue])),
+            Fault::QueuePurged => drop(self.broker.try_ctl(&["purge_queue", &self.queue])),
+            Fault::MemoryAlarm => {
+                self.broker.ctl(&["set_vm_memory_high_watermark", "0"]);
+                thread::sleep(while_it_lasts);
+                self.broker.ctl(&["set_vm_memory_high_watermark", "0.8"]);
+            }
+        }
+    }
+}
+
+#[test]
+fn with_deadlines_longer_than_the_outages_nothing_is_wrong_lost_or_hung() {
+    let seconds = from_environment("CHAOS_SECONDS", SECONDS);
+    let seed = from_environment("CHAOS_SEED", SEED);
+    let broker = PrivateBroker::start();
+    let queue = unique("chaos");
+    let servers = (0..2)
+        .map(|_| {
+            server(
+                &broker.url,
+                &queue,
+                &["--workers", "2", "--quiet", "--algorithm", "fast"],
+            )
+        })
+        .collect();
+    let mut system = System {
+        broker,
+        queue,
+        servers,
+        rng: StdRng::seed_from_u64(seed),
+    };
+    let mut config = ClientConfig::default();
+    config.endpoints = system.broker.url.parse().unwrap();
+    config.queue.clone_from(&system.queue);
+    config.timeout = TIMEOUT;
+    config.resend_after = Some(RESEND_AFTER);
+    config.wait_for_server = true;
+    let over = AtomicBool::new(false);
+    let mut faults = BTreeMap::new();
+    let began = Instant::now();
+    let (tallies, stats): (Vec<Tally>, Vec<ClientStats>) = thread::scope(|scope| {
+        let loads: Vec<_> = (0..CLIENTS)
+            .map(|index| {
+                let (config, over) = (config.clone(), &over);
+                scope.spawn(move || {
+                    let client = Client::new(config).unwrap();
+                    (load(&client, seed + index, over), client.stats())
+                })
+            })
+            .collect();
+        // Whatever happens to the schedule, the clients must come to an end.
+        let schedule = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            while began.elapsed() < Duration::from_secs(seconds) || faults.len() < FAULTS.len() {
+                thread::sleep(Duration::from_millis(system.rng.random_range(300..1500)));
+                // Every kind once, in an order of chance, before any comes again by chance.
+                let left: Vec<Fault> = FAULTS
+                    .into_iter()
+                    .filter(|fault| !faults.contains_key(fault))
+                    .collect();
+                let fault = *left
+                    .choose(&mut system.rng)
+                    .unwrap_or_else(|| FAULTS.choose(&mut system.rng).unwrap());
+                println!("{:5.1} s: {fault:?}", began.elapsed().as_secs_f64());
+                *faults.entry(fault).or_insert(0_u32) += 1;
+                system.inflict(fault);
+            }
+        }));
+        over.store(true, Ordering::Relaxed);
+        let ended = loads.into_iter().map(|load| load.join().unwrap()).unzip();
+        schedule.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        ended
+    });
+    let sum = |count: fn(&Tally) -> u64| tallies.iter().map(count).sum::<u64>();
+    let failed: Vec<_> = tallies.iter().flat_map(|tally| &tally.failed).collect();
+    let most = |time: fn(&Tally) -> Duration| tallies.iter().map(time).max().unwrap();
+    println!("\n| | chaos of {seconds} s, seed {seed} |\n|---|---|");
+    for (fault, count) in &faults {
+        println!("| fault: {fault:?} | {count} |");
+    }
+    println!("| calls made | {} |", sum(|tally| tally.made));
+    println!("| answered right | {} |", sum(|tally| tally.right));
+    println!("| answered wrong | {} |", sum(|tally| tally.wrong));
+    println!(
+        "| failed or timed out | {} |",
+        sum(|tally| tally.failed.values().sum())
+    );
+    println!(
+        "| connections made by {CLIENTS} clients | {} |",
+        stats.iter().map(|s| s.connections).sum::<u64>()
+    );
+    println!(
+        "| requests sent again | {} |",
+        stats.iter().map(|s| s.republished).sum::<u64>()
+    );
+    println!(
+        "| duplicate replies dropped | {} |",
+        stats.iter().map(|s| s.dropped_replies).sum::<u64>()
+    );
+    println!("| slowest call | {:.1?} |", most(|tally| tally.longest));
+    println!(
+        "| longest overrun of a deadline | {:.1?} |\n",
+        most(|tally| tally.overrun)
+    );
+    assert_eq!(failed, Vec::<(&String, &u64)>::new());
+    assert_eq!(sum(|tally| tally.wrong), 0);
+    assert_eq!(sum(|tally| tally.right), sum(|tally| tally.made));
+    assert!(sum(|tally| tally.right) > 100, "it was a load");
+    for server in &system.servers {
+        server.signal("TERM");
+    }
+    for server in &mut system.servers {
+        assert!(server.wait(PATIENCE).success());
+    }
+}
