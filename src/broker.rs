@@ -675,18 +675,18 @@ mod tests {
         for (url, part) in [
             ("", "empty"),
             ("localhost", "relative URL"),
-            ("http://u:secret@h/", "scheme is 'http'"),
-            ("amqp://u:secret@h:99999/", "port"),
-            ("amqp://u:secret@h/a/b", "virtual host 'a/b'"),
-            ("amqp://u:secret@h/%ff", "virtual host"),
-            ("amqp://u:secret@h/?heartbeat=0", "heartbeat=0"),
-            ("amqp://u:secret@h/?frame_max=1", "'frame_max'"),
-            ("amqp://u:sec%ffret@h/", "password"),
+            ("http://u:hunter2@h/", "scheme is 'http'"),
+            ("amqp://u:hunter2@h:99999/", "port"),
+            ("amqp://u:hunter2@h/a/b", "virtual host 'a/b'"),
+            ("amqp://u:hunter2@h/%ff", "virtual host"),
+            ("amqp://u:hunter2@h/?heartbeat=0", "heartbeat=0"),
+            ("amqp://u:hunter2@h/?frame_max=1", "'frame_max'"),
+            ("amqp://u:hunt%ffer2@h/", "password"),
             ("amqp://a,", "empty"),
         ] {
             let error = url.parse::<Endpoints>().unwrap_err().to_string();
             assert!(error.contains(part), "{url}: {error}");
-            assert!(!error.contains("sec"), "{url}: {error}");
+            assert!(!error.contains("hunt"), "{url}: {error}");
         }
     }
 

@@ -225,6 +225,7 @@ impl Client {
             open: HashMap::new(),
             deadlines: BTreeSet::new(),
             link: None,
+            unflushed: None,
             asked: None,
         }
     }
@@ -287,6 +288,8 @@ pub struct Calls<'c, K> {
     deadlines: BTreeSet<(Instant, CorrelationId)>,
     /// The link we listen on.
     link: Option<Arc<Link>>,
+    /// The link on which requests are collected that are not sent yet.
+    unflushed: Option<Arc<Link>>,
     /// When we last asked after the queue.
     asked: Option<Instant>,
 }
@@ -299,7 +302,8 @@ struct OpenCall<K> {
 
 impl<K> Calls<'_, K> {
     /// Sends a request. Never blocks, never fails: what goes wrong is the call's answer. A
-    /// request that cannot be sent now is sent as soon as it can.
+    /// request that cannot be sent now is sent as soon as it can. While answers are there to be
+    /// taken, requests are collected, and leave together when the last of those is taken.
     pub fn submit(&mut self, key: K, request: &[u8]) {
         let id = CorrelationId(rand::random());
         let submitted = Instant::now();
@@ -336,7 +340,14 @@ impl<K> Calls<'_, K> {
                 .map(|after| (submitted + after, after)),
             events: self.events.clone(),
         };
-        self.shared.begin(id, pending);
+        // With answers still to be taken, we will be back in no time, and wait only after that.
+        let answers_wait = self
+            .link
+            .as_ref()
+            .is_some_and(|link| !link.replies.is_empty());
+        if let Some(link) = self.shared.begin(id, pending, answers_wait) {
+            self.unflushed = Some(link);
+        }
     }
 
     /// How many calls are open.
@@ -393,6 +404,9 @@ impl<K> Calls<'_, K> {
     fn wait(&mut self, wake_at: Instant) -> Option<Settled> {
         if self.link.is_none() {
             self.link = self.shared.lock().link.clone();
+        }
+        if let Some(link) = self.unflushed.take_if(|link| link.replies.is_empty()) {
+            link.outbox.flush();
         }
         let timeout = wake_at.saturating_duration_since(Instant::now());
         let Some(link) = &self.link else {
@@ -664,11 +678,12 @@ impl Shared {
     }
 
     /// Registers a call and sends its request, or leaves that to the keeper.
-    fn begin(&self, id: CorrelationId, mut pending: Pending) {
+    /// With `delay`, it may only be appended to what is sent next; then that link is returned.
+    fn begin(&self, id: CorrelationId, mut pending: Pending, delay: bool) -> Option<Arc<Link>> {
         let mut state = self.lock();
         if state.closing {
             let _ = pending.events.send(Event::Settled(id, Err(Error::Closed)));
-            return;
+            return None;
         }
         let link = state.link.clone();
         let generation = link.as_ref().map_or(0, |link| link.generation);
@@ -680,18 +695,23 @@ impl Shared {
         };
         state.pending.insert(id, pending);
         drop(state);
-        let sent = link.is_some_and(|link| {
+        let sent = link.as_ref().is_some_and(|link| {
             let encode = |out: &mut Vec<u8>| link.encode(&self.config.queue, id, &unsent, out);
-            link.outbox.try_send(encode).is_ok()
-        });
-        if !sent {
-            if let Some(pending) = self.lock().pending.get_mut(&id)
-                && pending.sent_on == generation
-            {
-                pending.sent_on = 0;
+            match delay {
+                true => link.outbox.try_append(encode).is_ok(),
+                false => link.outbox.try_send(encode).is_ok(),
             }
-            self.kick();
+        });
+        if sent {
+            return link.filter(|_| delay);
         }
+        if let Some(pending) = self.lock().pending.get_mut(&id)
+            && pending.sent_on == generation
+        {
+            pending.sent_on = 0;
+        }
+        self.kick();
+        None
     }
 
     /// Gives a reply to its caller; returns it if that is whoever holds `mine`.

@@ -150,8 +150,6 @@ impl Server {
     where
         H: Fn(Request) -> Result<Vec<u8>, RemoteError> + Send + Sync + 'static,
     {
-        // Whether `stop` speaks or hangs up, the workers' own hangs up, which all of them see.
-        let (running, stopping) = bounded::<Never>(0);
         let (gate, opened) = bounded::<Never>(0);
         let (reports, reported) = unbounded();
         let job = Arc::new(Job {
@@ -159,7 +157,6 @@ impl Server {
             config: self.config.clone(),
             reports,
             opened,
-            stopping,
             stats: Stats::default(),
         });
         let workers = (0..self.config.workers).map(|index| Worker::spawn(index, &job));
@@ -169,7 +166,6 @@ impl Server {
             reported,
             stop,
             gate: Some(gate),
-            running: Some(running),
             session: 0,
         };
         supervisor.run(ready)?;
@@ -190,8 +186,6 @@ struct Job {
     /// Disconnected once every worker consumes for the first time: nobody begins before the
     /// server is announced.
     opened: Receiver<Never>,
-    /// Disconnected when the server is to stop.
-    stopping: Receiver<Never>,
     stats: Stats,
 }
 
@@ -241,6 +235,8 @@ struct Worker {
     posts: Sender<Post>,
     /// The mailbox itself, to take out what the worker was too busy to.
     mailbox: Receiver<Post>,
+    /// Dropped when it is to stop.
+    running: Option<Sender<Never>>,
     /// Where its requests arrive, while it consumes.
     intake: Option<Intake>,
     /// Whether it has a post in this session.
@@ -251,27 +247,19 @@ impl Worker {
     /// Starts a worker's thread, which is never joined: one whose handler does not return is
     /// left behind.
     fn spawn(index: usize, job: &Arc<Job>) -> Result<Worker, Error> {
-        let (posts, mailbox) = bounded::<Post>(1);
-        let inbox = mailbox.clone();
-        let job = Arc::clone(job);
-        let work = move || {
-            for post in inbox {
-                let session = post.session;
-                let news = match job.work(index, &post) {
-                    Ok(()) => News::Finished(post.channel),
-                    Err(reason) => News::Failed(reason),
-                };
-                // The supervisor may be gone: then nobody needs to know.
-                let _ = job.reports.send(Report {
-                    session,
-                    worker: index,
-                    news,
-                });
-            }
+        let (posts, mailbox) = bounded(1);
+        // One for each worker: a receiver that all of them waited on would be a lock that all of
+        // them fight for, with each request.
+        let (running, stopping) = bounded(0);
+        let hand = Hand {
+            index,
+            job: Arc::clone(job),
+            mailbox: mailbox.clone(),
+            stopping,
         };
         thread::Builder::new()
             .name(format!("fibrpc-worker-{}", index + 1))
-            .spawn(work)
+            .spawn(move || hand.run())
             .map_err(|error| {
                 Error::InvalidArgument(format!(
                     "cannot start a thread for worker {}: {error}",
@@ -281,6 +269,7 @@ impl Worker {
         Ok(Worker {
             posts,
             mailbox,
+            running: Some(running),
             intake: None,
             on_duty: false,
         })
@@ -310,10 +299,39 @@ enum Pause {
     QueueDeleted,
 }
 
-impl Job {
-    /// A worker's session: consumes until the server is to stop or something ends the channel.
-    fn work(&self, worker: usize, post: &Post) -> Result<(), String> {
-        let config = &self.config;
+/// The worker's own side: what its thread owns.
+struct Hand {
+    index: usize,
+    job: Arc<Job>,
+    mailbox: Receiver<Post>,
+    /// Disconnected when it is to stop.
+    stopping: Receiver<Never>,
+}
+
+impl Hand {
+    /// Works at each post that it is given; ends when the supervisor is gone.
+    fn run(self) {
+        for post in &self.mailbox {
+            let session = post.session;
+            match self.work(&post) {
+                Ok(()) => self.report(session, News::Finished(post.channel)),
+                Err(reason) => self.report(session, News::Failed(reason)),
+            }
+        }
+    }
+
+    fn report(&self, session: u64, news: News) {
+        // The supervisor may be gone: then nobody needs to know.
+        let _ = self.job.reports.send(Report {
+            session,
+            worker: self.index,
+            news,
+        });
+    }
+
+    /// Consumes until it is to stop or something ends the channel.
+    fn work(&self, post: &Post) -> Result<(), String> {
+        let config = &self.job.config;
         post.channel
             .qos(0, config.prefetch, false)
             .map_err(describe)?;
@@ -321,18 +339,14 @@ impl Job {
             let options = ConsumerOptions::default();
             let consuming =
                 Consuming::start(&post.channel, &config.queue, options).map_err(describe)?;
-            let news = News::Consuming(Intake {
+            let intake = Intake {
                 channel: post.channel.channel_id(),
                 consumer_tag: consuming.tag().to_owned(),
                 deliveries: consuming.receiver().clone(),
-            });
-            let _ = self.reports.send(Report {
-                session: post.session,
-                worker,
-                news,
-            });
+            };
+            self.report(post.session, News::Consuming(intake));
             select! {
-                recv(self.opened) -> _ => {}
+                recv(self.job.opened) -> _ => {}
                 recv(self.stopping) -> _ => return Ok(()),
             }
             match self.consume(post, &consuming)? {
@@ -405,12 +419,12 @@ impl Job {
         } = delivery;
         let sent = match wire::return_address(&properties) {
             None => {
-                self.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
+                self.job.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
                 log::warn!("dropped a request without reply_to ({} bytes)", body.len());
                 post.outbox.send(None, |out| put_ack(out, channel, tag))
             }
             Some(address) => {
-                let outcome = self.execute(Request { body, redelivered });
+                let outcome = self.job.execute(Request { body, redelivered });
                 let (properties, body) = wire::encode_reply(&address, &outcome);
                 let reply = Publish {
                     routing_key: address.reply_to,
@@ -427,7 +441,9 @@ impl Job {
         };
         sent.map_err(|_| "the connection is gone".to_owned())
     }
+}
 
+impl Job {
     fn execute(&self, request: Request) -> Result<Vec<u8>, RemoteError> {
         // The handler is shared by reference and has no state of ours to leave half changed.
         let outcome = catch_unwind(AssertUnwindSafe(|| (self.handler)(request)));
@@ -462,8 +478,6 @@ struct Supervisor<'s, T> {
     stop: Receiver<T>,
     /// Dropped when the workers may begin.
     gate: Option<Sender<Never>>,
-    /// Dropped when the server is to stop, which the workers see.
-    running: Option<Sender<Never>>,
     /// Counts connections, from 1. What a worker reports of an earlier one is old news.
     session: u64,
 }
@@ -553,20 +567,14 @@ impl<T> Supervisor<'_, T> {
             recv(outcome) -> outcome => Ok(Some(outcome.unwrap_or_else(|RecvError| {
                 Err(Error::ConnectionLost { reason: "the attempt to connect panicked".to_owned() })
             }))),
-            recv(self.stop) -> _ => {
-                self.running = None;
-                Ok(None)
-            }
+            recv(self.stop) -> _ => Ok(None),
         }
     }
 
     /// Waits; whether the server is to stop meanwhile.
     fn stopped_within(&mut self, time: Duration) -> bool {
         select! {
-            recv(self.stop) -> _ => {
-                self.running = None;
-                true
-            }
+            recv(self.stop) -> _ => true,
             default(time) => false,
         }
     }
@@ -651,8 +659,8 @@ impl<T> Supervisor<'_, T> {
         let deadline = Instant::now() + self.config.drain_timeout;
         // Whatever may still block gets an error when the time is up.
         let _fuse = connection.outbox.fuse(self.config.drain_timeout);
-        self.running = None;
         for worker in &mut self.workers {
+            worker.running = None;
             worker.relieve();
             // An idle worker cancels for itself, and does no harm by doing it twice; a busy one
             // would get more requests until it is done.

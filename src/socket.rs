@@ -26,6 +26,9 @@ use std::time::{Duration, Instant};
 /// Beyond it lie the kernel's socket buffers, a few MiB more.
 const BACKLOG_MAX: usize = 1 << 20;
 
+/// How much may be appended before it is sent in any case, in bytes.
+const APPENDED_MAX: usize = 16 << 10;
+
 /// A buffer that a large message has grown beyond this is given back, in bytes.
 const BUFFER_KEPT_MAX: usize = 1 << 20;
 
@@ -271,11 +274,40 @@ impl Outbox {
     ///
     /// The backlog is full, or the connection dead; then `encode` has not been called.
     pub fn try_send(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), NotSent> {
-        let state = self.lock();
-        if state.queue.len() >= BACKLOG_MAX && !state.down {
-            return Err(NotSent::Full);
-        }
+        let state = self.lock_with_room()?;
         self.push(state, encode).map_err(|Down| NotSent::Down)
+    }
+
+    /// Takes the frames that `encode` appends, to leave with whatever is sent next; the caller
+    /// sees to it that something is, by [`Outbox::flush`] at the latest.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Outbox::try_send`].
+    pub fn try_append(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), NotSent> {
+        let mut state = self.lock_with_room()?;
+        encode(&mut state.queue);
+        if state.queue.len() >= APPENDED_MAX {
+            return self.push(state, |_| {}).map_err(|Down| NotSent::Down);
+        }
+        Ok(())
+    }
+
+    /// Sends what was appended.
+    pub fn flush(&self) {
+        // A dead connection is known to everyone by other ways.
+        let _ = self.push(self.lock(), |_| {});
+    }
+
+    fn lock_with_room(&self) -> Result<MutexGuard<'_, OutboxState>, NotSent> {
+        let state = self.lock();
+        if state.down {
+            Err(NotSent::Down)
+        } else if state.queue.len() >= BACKLOG_MAX {
+            Err(NotSent::Full)
+        } else {
+            Ok(state)
+        }
     }
 
     /// Sends like [`Outbox::try_send`], but waits for room until the deadline, if there is one.
