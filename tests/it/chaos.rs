@@ -4,7 +4,7 @@
 //!
 //! The promise: with deadlines longer than the outages, nothing wrong, nothing lost, nothing hung.
 
-use crate::support::{PATIENCE, PrivateBroker, Process, fibrpc, server, signal, unique};
+use crate::support::{PATIENCE, PrivateBroker, Process, fibrpc, server, unique};
 use fibrpc::{Client, ClientConfig, ClientStats, fib};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -132,9 +132,9 @@ impl System {
                 self.broker.boot();
             }
             Fault::BrokerStopped => {
-                signal(self.broker.pid(), "STOP");
+                self.broker.freeze();
                 thread::sleep(while_it_lasts);
-                signal(self.broker.pid(), "CONT");
+                self.broker.thaw();
             }
             Fault::ConnectionsClosed => drop(self.broker.ctl(&["close_all_connections", "chaos"])),
             // The queue may be gone already, with a broker just rebooted.

@@ -2,8 +2,7 @@
 //! one of its own.
 
 use crate::support::{
-    PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server, signal,
-    unique, url,
+    PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server, unique, url,
 };
 use amiquip::QueueDeclareOptions;
 use fibrpc::{Client, ClientConfig, Error, WaitingFor};
@@ -80,7 +79,10 @@ fn a_connection_closed_by_an_operator_is_made_again_and_calls_survive() {
     for round in 1..=2 {
         let slow = begin(&client, "41");
         server.wait_for(" [.] fib(41)");
+        // rabbitmqctl takes a while; the answer must not be quicker.
+        server.signal("STOP");
         broker.ctl(&["close_all_connections", "maintenance"]);
+        server.signal("CONT");
         let said = server.wait_for_stderr("lost the connection");
         assert!(
             said.contains("320") && said.contains("maintenance"),
@@ -98,7 +100,7 @@ fn a_stopped_broker_holds_no_call_past_its_deadline_and_is_used_again_when_it_go
     let _server = server(&broker.url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, Duration::from_secs(2));
     assert_eq!(client.call(b"10").unwrap(), b"55");
-    signal(broker.pid(), "STOP");
+    broker.freeze();
     // Connected already: the request is sent, and nothing comes.
     let began = Instant::now();
     match client.call(b"10") {
@@ -118,7 +120,7 @@ fn a_stopped_broker_holds_no_call_past_its_deadline_and_is_used_again_when_it_go
     assert_eq!(call.code(), Some(4));
     assert!(call.stderr.contains("still connecting"), "{}", call.stderr);
     assert!(call.took < Duration::from_secs(3), "{:?}", call.took);
-    signal(broker.pid(), "CONT");
+    broker.thaw();
     eventually("the client is answered again", || {
         client.call(b"10").is_ok()
     });
@@ -132,11 +134,11 @@ fn a_broker_that_falls_silent_is_given_up_after_two_heartbeats() {
     let server = server(&url, &queue, &["--workers", "1"]);
     let client = client(&url, &queue, 2 * PATIENCE);
     assert_eq!(client.call(b"10").unwrap(), b"55");
-    signal(broker.pid(), "STOP");
+    broker.freeze();
     let pending = begin(&client, "11");
     let said = server.wait_for_stderr("lost the connection");
     assert!(said.contains("fallen silent"), "{said}");
-    signal(broker.pid(), "CONT");
+    broker.thaw();
     assert_eq!(pending.join().unwrap().unwrap(), b"89");
 }
 
@@ -187,7 +189,7 @@ fn a_full_socket_holds_no_call_past_its_deadline() {
         .unwrap();
     let client = client(&broker.url, &queue, Duration::from_secs(2));
     assert!(matches!(client.call(b"1"), Err(Error::Timeout { .. })));
-    signal(broker.pid(), "STOP");
+    broker.freeze();
     // Far more than the kernel's buffers and ours take.
     let request = vec![b'1'; 8 << 20];
     let began = Instant::now();
@@ -212,7 +214,7 @@ fn a_full_socket_holds_no_call_past_its_deadline() {
         "{:?}",
         began.elapsed()
     );
-    signal(broker.pid(), "CONT");
+    broker.thaw();
 }
 
 #[test]
@@ -225,7 +227,9 @@ fn a_queue_deleted_under_a_running_server_is_declared_again() {
     // One that is being executed is still answered.
     let slow = begin(&client, "41");
     server.wait_for(" [.] fib(41)");
+    server.signal("STOP");
     broker.ctl(&["delete_queue", &queue]);
+    server.signal("CONT");
     server.wait_for_stderr("declaring it again");
     assert_eq!(client.call(b"11").unwrap(), b"89");
     assert_eq!(slow.join().unwrap().unwrap(), b"165580141");
@@ -244,7 +248,9 @@ fn a_callback_queue_deleted_by_an_operator_is_made_again_and_the_call_answered()
     let client = client(&broker.url, &queue, 2 * PATIENCE);
     let slow = begin(&client, "41");
     server.wait_for(" [.] fib(41)");
+    server.signal("STOP");
     broker.delete_callback_queues();
+    server.signal("CONT");
     assert_eq!(slow.join().unwrap().unwrap(), b"165580141");
     assert_eq!(client.stats().connections, 2);
 }

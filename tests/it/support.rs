@@ -448,8 +448,25 @@ impl PrivateBroker {
         self.script(&["kill"]);
     }
 
+    /// Stops it, as a machine that hangs would; back when it really has.
+    pub fn freeze(&self) {
+        let pid = self.pid();
+        signal(pid, "STOP");
+        eventually("the broker is stopped", || {
+            let state = Command::new("ps")
+                .args(["-o", "stat=", "-p", &pid.to_string()])
+                .output();
+            state.unwrap().stdout.starts_with(b"T")
+        });
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        signal(self.pid(), "CONT");
+    }
+
     /// The Erlang VM's process.
-    pub fn pid(&self) -> u32 {
+    fn pid(&self) -> u32 {
         String::from_utf8(self.script(&["pid"]).stdout)
             .unwrap()
             .trim()
