@@ -18,6 +18,7 @@ demo: ## see it work: a broker, a server, one call, 832040
 	@scripts/broker with-broker scripts/demo target/release/fibrpc
 
 test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL names)
+	@scripts/peers
 	scripts/broker with-broker $(CARGO) test --locked
 
 chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
@@ -29,7 +30,7 @@ lint: ## formatting, clippy, documentation, shell scripts; warnings are errors
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
-	bash -n scripts/broker scripts/demo .ci/run
+	bash -n scripts/broker scripts/demo scripts/peers .ci/run
 
 build: ## the binary, target/release/fibrpc
 	$(CARGO) build --release --locked
