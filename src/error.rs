@@ -140,7 +140,9 @@ impl fmt::Display for Error {
                 "{workers} of the workers had not finished within the drain timeout of {after:?}; \
                  the broker gives their requests to another server"
             ),
-            Error::Closed => f.write_str("the client was closed before the answer came"),
+            Error::Closed => {
+                f.write_str("interrupted: the client was closed before the answer came")
+            }
         }
     }
 }

@@ -2,18 +2,20 @@
 //! everything else to stderr.
 
 mod cli;
+mod output;
 
 use anyhow::Context;
 use clap::Parser;
 use cli::{Algorithm, CallArgs, Cli, Command, Output, ServerArgs};
 use crossbeam_channel::bounded;
 use fibrpc::{Answer, Client, Error, RemoteError, Request, Server, fib, parse_n};
+use output::Lines;
 use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::{self, ErrorKind, Write};
 use std::process::{self, ExitCode};
-use std::sync::Once;
+use std::sync::{Arc, Once};
 use std::{env, str, thread};
 
 /// The exit code after an interrupt, as shells report it: 128 + SIGINT.
@@ -80,11 +82,14 @@ fn server(args: ServerArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
     let server = Server::new(plan.config)?;
     let (running, stop) = bounded::<()>(0);
     on_first_signal(move || drop(running))?;
-    let (algorithm, max_n, quiet) = (plan.algorithm, plan.max_n, plan.quiet);
+    let lines = Arc::new(Lines::start()?);
+    let (algorithm, max_n) = (plan.algorithm, plan.max_n);
+    let printed = (!plan.quiet).then(|| Arc::clone(&lines));
     let handler = move |request: Request| -> Result<Vec<u8>, RemoteError> {
         let n = parse_n(&request.body, max_n)?;
-        if !quiet {
-            print_line(&format!(" [.] fib({n})"));
+        if let Some(lines) = &printed {
+            // A server goes on when nobody reads its output any more.
+            let _ = lines.print(&format!(" [.] fib({n})"));
         }
         let result = match algorithm {
             Algorithm::Recursive => u128::from(fib::recursive(n)),
@@ -93,8 +98,11 @@ fn server(args: ServerArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
         Ok(result.to_string().into_bytes())
     };
     let announced = Once::new();
-    let ready = || announced.call_once(|| print_line(" [x] Awaiting RPC requests"));
-    let stats = server.run(handler, ready, stop)?;
+    let ready = || announced.call_once(|| _ = lines.print(" [x] Awaiting RPC requests"));
+    let stats = server.run(handler, ready, stop);
+    // Workers may be left behind with their clones, so this is not the end of the lines.
+    let _ = lines.flush();
+    let stats = stats?;
     log::info!(
         "stopped: {} answered, {} refused, {} without reply_to",
         stats.answered,
@@ -104,35 +112,40 @@ fn server(args: ServerArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints a line, whole, from any thread. A server goes on when nobody reads its output.
-fn print_line(line: &str) {
-    let _ = writeln!(io::stdout().lock(), "{line}");
-}
-
 fn call(args: &CallArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
     let client = Client::new(args.config(global)?)?;
     let interrupted = client.clone();
     on_first_signal(move || interrupted.close())?;
+    let lines = Lines::start()?;
     let requests = args.numbers.iter().map(i128::to_string);
     let mut answers = client.call_many(requests, args.concurrency.get());
     let mut first_failure = None;
     for &n in &args.numbers {
         if args.output == Output::Text {
-            writeln!(io::stdout().lock(), " [x] Requesting fib({n})")?;
+            lines.print(&format!(" [x] Requesting fib({n})"))?;
         }
         let answer = answers.next().context("a call has no answer")?;
-        if let Err(error) = report(n, &answer, args.output)? {
+        if let Err(error) = report(n, &answer, args.output, &lines)? {
             first_failure.get_or_insert(class(&error).1);
         }
         if client.is_closed() {
             break;
         }
     }
+    lines.finish()?;
+    if client.is_closed() {
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
     Ok(first_failure.map_or(ExitCode::SUCCESS, ExitCode::from))
 }
 
 /// Prints how one call ended; returns the error if it failed.
-fn report(n: i128, answer: &Answer<u64>, output: Output) -> io::Result<Result<(), Error>> {
+fn report(
+    n: i128,
+    answer: &Answer<u64>,
+    output: Output,
+    lines: &Lines,
+) -> io::Result<Result<(), Error>> {
     let result = answer.result.clone().and_then(|body| decimal(&body));
     match (&result, output) {
         (_, Output::Json) => {
@@ -145,11 +158,13 @@ fn report(n: i128, answer: &Answer<u64>, output: Output) -> io::Result<Result<()
                 }),
                 latency_ms: answer.latency.as_micros() as f64 / 1000.0,
             };
-            writeln!(io::stdout().lock(), "{}", serde_json::to_string(&line)?)?;
+            lines.print(&serde_json::to_string(&line)?)?;
         }
-        (Ok(number), Output::Text) => writeln!(io::stdout().lock(), " [.] Got {number}")?,
-        (Ok(number), Output::Raw) => writeln!(io::stdout().lock(), "{number}")?,
+        (Ok(number), Output::Text) => lines.print(&format!(" [.] Got {number}"))?,
+        (Ok(number), Output::Raw) => lines.print(number)?,
         (Err(error), Output::Text | Output::Raw) => {
+            // So that on a terminal the two come in order.
+            lines.flush()?;
             eprintln!("error: fib({n}): {error}");
             print_hint(error);
         }

@@ -1,1 +1,455 @@
+//! The binary, driven as its user drives it: what it prints, and with which exit code it ends.
 
+use crate::support::{PATIENCE, Peer, Process, fibrpc, run, server, unique, url};
+use amiquip::QueueDeclareOptions;
+use serde_json::Value;
+use std::net::TcpListener;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// The test broker's URL with another password.
+fn with_password(password: &str) -> String {
+    let mut url = url::Url::parse(&url()).unwrap();
+    url.set_username("guest").unwrap();
+    url.set_password(Some(password)).unwrap();
+    url.to_string()
+}
+
+fn json_lines(stdout: &str) -> Vec<Value> {
+    stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn help_and_version_are_answers_and_tell_no_password() {
+    for arguments in [
+        &["--help"][..],
+        &["-h"],
+        &["server", "--help"],
+        &["call", "--help"],
+        &["help"],
+    ] {
+        let help = run(fibrpc("amqp://u:hunter2@h", "q").args(arguments));
+        assert_eq!(
+            (help.code(), help.stderr.as_str()),
+            (Some(0), ""),
+            "{arguments:?}"
+        );
+        assert!(help.stdout.contains("Usage: fibrpc"), "{arguments:?}");
+        assert!(
+            !help.stdout.contains("hunter2") && !help.stdout.contains("guest:"),
+            "{}",
+            help.stdout
+        );
+    }
+    let version = run(fibrpc("", "q").arg("--version"));
+    assert_eq!(
+        version.stdout.trim(),
+        concat!("fibrpc ", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[test]
+fn usage_errors_end_with_2_name_the_argument_and_tell_no_password() {
+    for (arguments, named) in [
+        (&["call"][..], "<N>..."),
+        (&["call", "abc"], "abc"),
+        (&["call", "1", "2.5"], "2.5"),
+        (&["call", ""], "N"),
+        (&["call", "--timeout", "5", "1"], "--timeout"),
+        (&["call", "--timeout", "0s", "1"], "longer than 0"),
+        (&["call", "--concurrency", "0", "1"], "--concurrency"),
+        (&["call", "--output", "xml", "1"], "--output"),
+        (&["server", "--workers", "0"], "--workers"),
+        (&["server", "--prefetch", "0"], "--prefetch"),
+        (&["server", "--max-n", "94"], "--max-n 94"),
+        (
+            &["server", "--algorithm", "fast", "--max-n", "187"],
+            "--max-n 187",
+        ),
+        (&["server", "--queue-type", "stream"], "--queue-type"),
+        (
+            &["--url", "http://u:hunter2@h", "call", "1"],
+            "scheme is 'http'",
+        ),
+        (&["call", "1", "--url", "amqp://u:hunter2@h:port/"], "port"),
+        (
+            &["call", "1", "--url", "amqp://u:hunter2@h/a/b"],
+            "virtual host",
+        ),
+        (&["server", "--url", ""], "empty"),
+        (&["call", "--queue", "", "1"], "queue"),
+        (&["unknown"], "unknown"),
+        (&[], "Usage"),
+    ] {
+        let usage = run(fibrpc(&url(), "q").args(arguments));
+        assert_eq!(usage.code(), Some(2), "{arguments:?}: {}", usage.stderr);
+        assert!(
+            usage.stderr.contains(named),
+            "{arguments:?}: {}",
+            usage.stderr
+        );
+        assert!(!usage.stderr.contains("hunter2"), "{}", usage.stderr);
+        assert_eq!(usage.stdout, "", "{arguments:?}");
+    }
+    let long = run(fibrpc(&url(), &"q".repeat(256)).args(["call", "1"]));
+    assert_eq!(long.code(), Some(2));
+    assert!(long.stderr.contains("256 bytes"), "{}", long.stderr);
+}
+
+#[test]
+fn text_is_what_the_tutorial_prints_and_the_rest_still_run_after_a_failure() {
+    let queue = unique("text");
+    let _server = server(&url(), &queue, &["--quiet"]);
+    let call = run(fibrpc(&url(), &queue).args(["call", "10", "-1", "20"]));
+    assert_eq!(
+        call.stdout,
+        " [x] Requesting fib(10)\n [.] Got 55\n [x] Requesting fib(-1)\n [x] Requesting fib(20)\n [.] Got 6765\n"
+    );
+    assert!(
+        call.stderr.starts_with("error: fib(-1): "),
+        "{}",
+        call.stderr
+    );
+    assert!(call.stderr.contains("out-of-range"), "{}", call.stderr);
+    assert_eq!(call.code(), Some(3));
+}
+
+#[test]
+fn raw_is_the_number_alone() {
+    let queue = unique("raw");
+    let _server = server(&url(), &queue, &["--quiet"]);
+    let call = run(fibrpc(&url(), &queue).args(["call", "--output", "raw", "10", "46", "20"]));
+    assert_eq!((call.code(), call.stdout.as_str()), (Some(3), "55\n6765\n"));
+}
+
+#[test]
+fn json_is_a_line_for_each_call_errors_in_place() {
+    let queue = unique("json");
+    let _server = server(&url(), &queue, &["--quiet", "--algorithm", "fast"]);
+    let call = run(fibrpc(&url(), &queue).args(["call", "--output", "json", "186", "187", "0"]));
+    assert_eq!((call.code(), call.stderr.as_str()), (Some(3), ""));
+    let lines = json_lines(&call.stdout);
+    assert_eq!(lines.len(), 3);
+    assert_eq!(lines[0]["n"], 186);
+    assert_eq!(
+        lines[0]["result"],
+        "332825110087067562321196029789634457848"
+    );
+    assert_eq!(lines[1]["n"], 187);
+    assert_eq!(lines[1]["error"]["kind"], "remote");
+    assert!(
+        lines[1]["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("fib(186)")
+    );
+    assert_eq!(lines[1].get("result"), None);
+    assert_eq!(lines[2]["result"], "0");
+    assert_eq!(lines[2].get("error"), None);
+    assert!(
+        lines
+            .iter()
+            .all(|line| line["latency_ms"].as_f64().unwrap() > 0.0)
+    );
+}
+
+#[test]
+fn exact_numbers_beyond_64_bits() {
+    let queue = unique("exact");
+    let _server = server(&url(), &queue, &["--quiet", "--algorithm", "fast"]);
+    let call =
+        run(fibrpc(&url(), &queue).args(["call", "--output", "raw", "0", "1", "93", "94", "186"]));
+    assert_eq!(
+        call.stdout,
+        "0\n1\n12200160415121876738\n19740274219868223167\n332825110087067562321196029789634457848\n"
+    );
+}
+
+#[test]
+fn the_server_refuses_n_above_its_limit() {
+    let queue = unique("limit");
+    let _server = server(&url(), &queue, &["--quiet", "--max-n", "20"]);
+    let call = run(fibrpc(&url(), &queue).args(["call", "--output", "raw", "20", "21"]));
+    assert_eq!((call.code(), call.stdout.as_str()), (Some(3), "6765\n"));
+    assert!(call.stderr.contains("fib(20)"), "{}", call.stderr);
+}
+
+#[test]
+fn global_options_stand_before_or_after_the_subcommand_or_in_the_environment() {
+    let queue = unique("global");
+    let _server = server(&url(), &queue, &["--quiet"]);
+    for arguments in [
+        &[
+            "--queue",
+            &queue,
+            "--url",
+            &url(),
+            "call",
+            "--output",
+            "raw",
+            "10",
+        ][..],
+        &[
+            "call",
+            "--output",
+            "raw",
+            "10",
+            "--queue",
+            &queue,
+            "--url",
+            &url(),
+        ],
+    ] {
+        let call = run(fibrpc("amqp://192.0.2.1", "other").args(arguments));
+        assert_eq!(call.stdout, "55\n", "{arguments:?}: {}", call.stderr);
+    }
+}
+
+#[test]
+fn several_urls_are_tried_in_turn() {
+    let queue = unique("turn");
+    let both = format!("amqp://127.0.0.1:1,{}", url());
+    let _server = server(&both, &queue, &["--quiet"]);
+    let call = run(fibrpc(&both, &queue).args(["call", "--output", "raw", "10"]));
+    assert_eq!(call.stdout, "55\n", "{}", call.stderr);
+}
+
+#[test]
+fn the_exit_code_is_that_of_the_first_failure_and_6_without_a_broker() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = closed.local_addr().unwrap().to_string();
+    drop(closed);
+    let call = run(fibrpc(&format!("amqp://u:hunter2@{address}"), "q").args(["call", "1", "2"]));
+    assert_eq!(call.code(), Some(6));
+    assert!(
+        call.stderr.contains(&address) && call.stderr.contains("hint"),
+        "{}",
+        call.stderr
+    );
+    assert!(!call.stderr.contains("hunter2"), "{}", call.stderr);
+}
+
+#[test]
+fn a_name_that_does_not_resolve_ends_with_6() {
+    let call = run(fibrpc("amqp://no-such-host.invalid", "q").args(["call", "1"]));
+    assert_eq!(call.code(), Some(6));
+    assert!(
+        call.stderr.contains("no-such-host.invalid"),
+        "{}",
+        call.stderr
+    );
+}
+
+#[test]
+fn wrong_credentials_and_a_wrong_vhost_end_with_6() {
+    let call = run(fibrpc(&with_password("hunter2"), "q").args(["call", "1"]));
+    assert_eq!(call.code(), Some(6), "{}", call.stderr);
+    assert!(
+        call.stderr.contains("refused the user 'guest'"),
+        "{}",
+        call.stderr
+    );
+    assert!(!call.stderr.contains("hunter2"), "{}", call.stderr);
+    let mut nowhere = url::Url::parse(&url()).unwrap();
+    nowhere.set_path("/no-such-vhost");
+    let call = run(fibrpc(nowhere.as_str(), "q").args(["call", "1"]));
+    assert_eq!(call.code(), Some(6), "{}", call.stderr);
+    assert!(call.stderr.contains("no-such-vhost"), "{}", call.stderr);
+}
+
+#[test]
+fn the_timeout_covers_a_broker_that_accepts_and_never_speaks() {
+    let mute = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("amqp://{}", mute.local_addr().unwrap());
+    let call = run(fibrpc(&url, "q").args(["call", "--timeout", "1s", "1", "2", "3"]));
+    assert_eq!(call.code(), Some(4));
+    assert!(call.stderr.contains("still connecting"), "{}", call.stderr);
+    assert!(
+        call.took < Duration::from_secs(5),
+        "all three at once: {:?}",
+        call.took
+    );
+}
+
+#[test]
+fn no_log_level_shows_the_password() {
+    let queue = unique("log");
+    let _server = server(&url(), &queue, &["--quiet"]);
+    let password = url::Url::parse(&url())
+        .unwrap()
+        .password()
+        .unwrap_or("guest")
+        .to_owned();
+    for level in ["trace", "amiquip=trace", "debug,amiquip=trace"] {
+        let call = run(fibrpc(&url(), &queue)
+            .env("RUST_LOG", level)
+            .args(["-vv", "call", "10"]));
+        assert_eq!(call.code(), Some(0));
+        // The user and the password of a test broker may be the same word: look for the pair.
+        let handshake = format!("\\u{{0}}{password}");
+        assert!(
+            !call.stderr.contains(&handshake),
+            "{level}: {}",
+            call.stderr
+        );
+        assert!(!call.stderr.contains(&format!(":{password}@")), "{level}");
+        let call = run(fibrpc(&with_password("hunter2"), &queue)
+            .env("RUST_LOG", level)
+            .args(["call", "10"]));
+        assert_eq!(call.code(), Some(6));
+        assert!(!call.stderr.contains("hunter2"), "{level}: {}", call.stderr);
+    }
+}
+
+#[test]
+fn verbose_tells_the_connection_as_the_broker_names_it() {
+    let queue = unique("verbose");
+    let _server = server(&url(), &queue, &["--quiet"]);
+    let quiet = run(fibrpc(&url(), &queue).args(["call", "10"]));
+    assert_eq!(quiet.stderr, "");
+    let verbose = run(fibrpc(&url(), &queue).args(["-v", "call", "10"]));
+    assert!(
+        verbose.stderr.contains("connected to amqp://"),
+        "{}",
+        verbose.stderr
+    );
+    assert!(verbose.stderr.contains(" -> "), "{}", verbose.stderr);
+}
+
+#[test]
+fn an_interrupted_call_ends_with_130_and_says_so() {
+    let queue = unique("interrupted");
+    let peer = Peer::connect(&url());
+    peer.channel
+        .queue_declare(&*queue, QueueDeclareOptions::default())
+        .unwrap();
+    for name in ["INT", "TERM"] {
+        let mut call = Process::spawn(fibrpc(&url(), &queue).args(["call", "30"]));
+        assert_eq!(call.line(), " [x] Requesting fib(30)");
+        let request = peer.receive(&queue);
+        assert_eq!(request.body, b"30");
+        call.signal(name);
+        assert_eq!(call.wait(PATIENCE).code(), Some(130));
+        let (_, stderr) = call.output();
+        assert!(stderr.contains("interrupted"), "{stderr}");
+    }
+}
+
+#[test]
+fn a_server_ends_with_0_when_told_to_and_with_130_when_told_twice() {
+    let queue = unique("signals");
+    for name in ["INT", "TERM"] {
+        let mut idle = server(&url(), &queue, &["--workers", "2"]);
+        idle.signal(name);
+        assert_eq!(idle.wait(PATIENCE).code(), Some(0), "{name}");
+    }
+    let mut busy = server(&url(), &queue, &["--workers", "1"]);
+    let call = Process::spawn(fibrpc(&url(), &queue).args(["call", "--output", "raw", "42"]));
+    busy.wait_for(" [.] fib(42)");
+    busy.signal("INT");
+    // It has stopped consuming, and still computes.
+    let peer = Peer::connect(&url());
+    crate::support::eventually("nobody consumes", || peer.count(&queue).1 == 0);
+    busy.signal("INT");
+    assert_eq!(busy.wait(PATIENCE).code(), Some(130));
+    // The broker gives the request to the next server.
+    let _next = server(&url(), &queue, &["--workers", "1", "--quiet"]);
+    assert_eq!(call.line(), "267914296");
+}
+
+#[test]
+fn a_server_told_to_stop_answers_what_it_has_begun() {
+    let queue = unique("finish");
+    let mut busy = server(&url(), &queue, &["--workers", "1"]);
+    let call = Process::spawn(fibrpc(&url(), &queue).args(["call", "--output", "raw", "40"]));
+    busy.wait_for(" [.] fib(40)");
+    busy.signal("TERM");
+    assert_eq!(call.line(), "102334155");
+    assert_eq!(busy.wait(PATIENCE).code(), Some(0));
+}
+
+#[test]
+fn a_drain_timeout_that_passes_is_told_by_the_exit_code() {
+    let queue = unique("drain");
+    let mut busy = server(
+        &url(),
+        &queue,
+        &[
+            "--workers",
+            "1",
+            "--drain-timeout",
+            "200ms",
+            "--max-n",
+            "60",
+        ],
+    );
+    let _call = Process::spawn(fibrpc(&url(), &queue).args(["call", "60"]));
+    busy.wait_for(" [.] fib(60)");
+    busy.signal("TERM");
+    assert_eq!(busy.wait(PATIENCE).code(), Some(4));
+    let (_, stderr) = busy.output();
+    assert!(stderr.contains("drain timeout"), "{stderr}");
+}
+
+#[test]
+fn a_reader_that_has_enough_ends_the_call_quietly() {
+    let queue = unique("pipe");
+    let _server = server(&url(), &queue, &["--quiet"]);
+    let mut call = fibrpc(&url(), &queue)
+        .args(["call", "--output", "raw"])
+        .args(vec!["10"; 5000])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let head = Command::new("head")
+        .arg("-1")
+        .stdin(call.stdout.take().unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(head.stdout, b"55\n");
+    let ended = call.wait_with_output().unwrap();
+    assert_eq!(
+        (ended.status.code(), ended.stderr.as_slice()),
+        (Some(0), &b""[..])
+    );
+}
+
+#[test]
+fn a_server_whose_output_nobody_reads_goes_on() {
+    let queue = unique("deaf");
+    let mut server = fibrpc(&url(), &queue)
+        .args(["server", "--workers", "1"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(server.stdout.take());
+    for _ in 0..3 {
+        let call = run(fibrpc(&url(), &queue).args([
+            "call",
+            "--wait-for-server",
+            "--output",
+            "raw",
+            "10",
+        ]));
+        assert_eq!(call.stdout, "55\n", "{}", call.stderr);
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
+}
+
+#[test]
+fn a_line_is_printed_for_each_request_and_none_is_lost() {
+    let queue = unique("lines");
+    let mut server = server(&url(), &queue, &["--workers", "4"]);
+    let call = run(fibrpc(&url(), &queue)
+        .args(["call", "--output", "raw"])
+        .args(vec!["7"; 2000]));
+    assert_eq!(call.code(), Some(0), "{}", call.stderr);
+    server.signal("TERM");
+    assert!(server.wait(PATIENCE).success());
+    assert_eq!(server.output().0, " [.] fib(7)\n".repeat(2000));
+}
