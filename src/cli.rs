@@ -103,7 +103,7 @@ pub struct ServerArgs {
 #[derive(Debug, Args)]
 pub struct CallArgs {
     /// The numbers to ask for
-    #[arg(value_name = "N", required = true, allow_negative_numbers = true)]
+    #[arg(value_name = "N", required = true, allow_negative_numbers = true, value_parser = number)]
     pub numbers: Vec<i128>,
 
     /// How long each call may take, everything included: connect, send, wait, reconnect
@@ -239,6 +239,12 @@ impl CallArgs {
 /// An error about the arguments, said and exited with as clap does.
 pub fn usage(message: impl std::fmt::Display) -> clap::Error {
     Cli::command().error(ErrorKind::ValueValidation, message)
+}
+
+/// Which numbers a server accepts is for the server to say; this is about what a number is.
+fn number(text: &str) -> Result<i128, String> {
+    text.parse()
+        .map_err(|_| "expected a decimal integer".to_owned())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

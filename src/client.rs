@@ -917,13 +917,17 @@ impl Keeper {
     fn may_retry_after(&self, error: &Error) -> bool {
         let mut state = self.shared.lock();
         if state.generation > 0 || self.shared.config.wait_for_server {
-            log::warn!("{error}; trying again");
-            state.last_error = Some(match error {
+            let reason = match error {
                 Error::Unreachable { reason, .. } | Error::ConnectionLost { reason } => {
                     reason.clone()
                 }
                 other => other.to_string(),
-            });
+            };
+            log::warn!(
+                "no connection to {}: {reason}; trying again",
+                self.shared.config.endpoints
+            );
+            state.last_error = Some(reason);
             return true;
         }
         drop(state);

@@ -53,3 +53,8 @@ pub use client::{Answer, CallMany, Calls, Client, ClientConfig, ClientStats, Rep
 pub use error::{Error, QueueStatus, WaitingFor};
 pub use server::{Request, Server, ServerConfig, ServerStats};
 pub use wire::{RemoteError, RemoteErrorKind, parse_n};
+
+/// The README's example, so that it compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -17,6 +17,7 @@ use crate::socket::{Never, Outbox};
 use crate::wire::{self, RemoteError};
 use amiquip::{Channel, ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, Delivery};
 use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError, bounded, select, unbounded};
+use log::Level;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -607,7 +608,10 @@ impl<T> Supervisor<'_, T> {
                     }
                     if !announced && self.workers.iter().all(|worker| worker.intake.is_some()) {
                         announced = true;
-                        log::info!("{} workers consume '{}'", self.workers.len(), self.config.queue);
+                        // Whoever reads of a lost connection wants to read of its return.
+                        let level = if self.session == 1 { Level::Info } else { Level::Warn };
+                        let (workers, queue) = (self.workers.len(), &self.config.queue);
+                        log::log!(level, "connected: {workers} workers consume '{queue}'");
                         ready();
                         self.gate = None;
                     }
