@@ -97,7 +97,7 @@ pub struct ServerStats {
 ///
 /// let server = Server::new(ServerConfig::default())?;
 /// // Dropping `stop` stops the server; `run` returns when it has drained.
-/// let (stop, stopped) = crossbeam_channel::bounded(0);
+/// let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
 /// server.run(|request: Request| Ok(request.body.to_ascii_uppercase()), || (), stopped)?;
 /// # drop(stop);
 /// # Ok::<(), fibrpc::Error>(())
