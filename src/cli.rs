@@ -1,9 +1,10 @@
 //! The command line: what may be typed, and the plain values that come of it.
 
+use crate::bench::{Length, Pace, Plan};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use fibrpc::{ClientConfig, Endpoints, QueueType, ReplyTo, ServerConfig, fib};
-use std::num::{NonZeroU16, NonZeroUsize};
+use std::num::{NonZeroU16, NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
 /// Synchronous RPC over RabbitMQ: the tutorial's Fibonacci server and its client
@@ -23,6 +24,7 @@ Examples:
   fibrpc call 30                     ask for one number
   fibrpc call --output raw 1 2 3     ask for several, print the numbers alone
   fibrpc call --timeout 2s 40        give up after two seconds
+  fibrpc bench --duration 10s        how fast is it?
 
 Exit codes of `call` (the first failure's):
   0 answered   2 usage   3 the server answered with an error   4 timeout   5 no request queue
@@ -63,6 +65,8 @@ pub enum Command {
     Server(ServerArgs),
     /// Ask for Fibonacci numbers
     Call(CallArgs),
+    /// Measure: many calls, every answer checked
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, Args)]
@@ -129,6 +133,60 @@ pub struct CallArgs {
     /// Wait for a broker and a request queue that do not exist yet, instead of failing at once
     #[arg(long)]
     wait_for_server: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// How many requests to send
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "10000",
+        conflicts_with = "duration"
+    )]
+    requests: NonZeroU64,
+
+    /// How long to send requests, instead of how many
+    #[arg(long, value_name = "DUR", value_parser = duration)]
+    duration: Option<Duration>,
+
+    /// How many calls to keep in flight
+    #[arg(long, value_name = "N", default_value = "64", conflicts_with = "rate")]
+    concurrency: NonZeroUsize,
+
+    /// Send this many requests a second whatever comes back (an open loop); the latency counts
+    /// from the time a request was due, so that a server that stalls cannot hide it
+    #[arg(long, value_name = "N")]
+    rate: Option<NonZeroU32>,
+
+    /// How many requests to send before, not counted
+    #[arg(long, value_name = "N", default_value = "0")]
+    warmup: u64,
+
+    /// What to ask for
+    #[arg(short = 'n', long = "argument", value_name = "N", default_value = "1",
+          value_parser = clap::value_parser!(u32).range(..=i64::from(fib::FAST_N_MAX)))]
+    argument: u32,
+
+    /// How long each call may take
+    #[arg(long, value_name = "DUR", default_value = "30s", value_parser = duration)]
+    timeout: Duration,
+
+    /// Where replies are sent: a callback queue, or RabbitMQ's direct reply-to
+    #[arg(long, value_enum, default_value_t = ReplyKind::Queue)]
+    reply_to: ReplyKind,
+
+    /// What to print
+    #[arg(long, value_enum, default_value_t = ReportKind::Text)]
+    pub output: ReportKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ReportKind {
+    /// For people
+    Text,
+    /// One JSON object
+    Json,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -220,16 +278,51 @@ impl ServerArgs {
     }
 }
 
+/// What `call` and `bench` have in common.
+fn client_config(
+    global: &Global,
+    reply_to: ReplyKind,
+    timeout: Duration,
+) -> Result<ClientConfig, clap::Error> {
+    let mut config = ClientConfig::default();
+    config.endpoints = global.endpoints()?;
+    config.queue.clone_from(&global.queue);
+    config.reply_to = match reply_to {
+        ReplyKind::Queue => ReplyTo::Queue,
+        ReplyKind::Direct => ReplyTo::Direct,
+    };
+    config.timeout = timeout;
+    Ok(config)
+}
+
+impl BenchArgs {
+    pub fn config(&self, global: &Global) -> Result<ClientConfig, clap::Error> {
+        client_config(global, self.reply_to, self.timeout)
+    }
+
+    pub fn plan(&self) -> Plan {
+        Plan {
+            argument: self.argument,
+            warmup: self.warmup,
+            length: match self.duration {
+                Some(duration) => Length::Time(duration),
+                None => Length::Requests(self.requests.get()),
+            },
+            pace: match self.rate {
+                Some(rate) => Pace::Open {
+                    per_second: rate.get(),
+                },
+                None => Pace::Closed {
+                    in_flight: self.concurrency.get(),
+                },
+            },
+        }
+    }
+}
+
 impl CallArgs {
     pub fn config(&self, global: &Global) -> Result<ClientConfig, clap::Error> {
-        let mut config = ClientConfig::default();
-        config.endpoints = global.endpoints()?;
-        config.queue.clone_from(&global.queue);
-        config.reply_to = match self.reply_to {
-            ReplyKind::Queue => ReplyTo::Queue,
-            ReplyKind::Direct => ReplyTo::Direct,
-        };
-        config.timeout = self.timeout;
+        let mut config = client_config(global, self.reply_to, self.timeout)?;
         config.retry = !self.no_retry;
         config.wait_for_server = self.wait_for_server;
         Ok(config)

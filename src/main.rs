@@ -1,12 +1,13 @@
 //! The command: parses, dispatches, prints, and chooses the exit code. Answers go to stdout,
 //! everything else to stderr.
 
+mod bench;
 mod cli;
 mod output;
 
 use anyhow::Context;
 use clap::Parser;
-use cli::{Algorithm, CallArgs, Cli, Command, Output, ServerArgs};
+use cli::{Algorithm, BenchArgs, CallArgs, Cli, Command, Output, ReportKind, ServerArgs};
 use crossbeam_channel::bounded;
 use fibrpc::{Answer, Client, Error, RemoteError, Request, Server, fib, parse_n};
 use output::Lines;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Server(args) => server(args, &cli.global),
         Command::Call(args) => call(&args, &cli.global),
+        Command::Bench(args) => bench(&args, &cli.global),
     };
     done.unwrap_or_else(|error| fail(&error))
 }
@@ -170,6 +172,23 @@ fn report(
         }
     }
     Ok(result.map(drop))
+}
+
+fn bench(args: &BenchArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
+    let client = Client::new(args.config(global)?)?;
+    let interrupted = client.clone();
+    on_first_signal(move || interrupted.close())?;
+    let report = bench::run(&client, &args.plan());
+    let text = match args.output {
+        ReportKind::Text => report.text(),
+        ReportKind::Json => serde_json::to_string(&report.json())? + "\n",
+    };
+    io::stdout().lock().write_all(text.as_bytes())?;
+    Ok(match report.commonest_failure() {
+        _ if client.is_closed() => ExitCode::from(INTERRUPTED),
+        None => ExitCode::SUCCESS,
+        Some(code) => ExitCode::from(code),
+    })
 }
 
 #[derive(Serialize)]

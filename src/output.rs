@@ -23,7 +23,11 @@ pub struct Lines {
 
 struct Shared {
     state: Mutex<State>,
+    /// There are lines for the writer, or they are written, or it is broken.
     changed: Condvar,
+    /// The writer is to collect no longer: somebody waits for it. Apart from `changed`, so that a
+    /// line that is only collected wakes nobody.
+    hurried: Condvar,
 }
 
 #[derive(Default)]
@@ -33,6 +37,8 @@ struct State {
     writing: bool,
     /// Why nothing can be written any more.
     broken: Option<ErrorKind>,
+    /// Whether somebody waits for the lines to be written.
+    hurry: bool,
     /// Whether no more lines will come.
     finished: bool,
 }
@@ -43,6 +49,7 @@ impl Lines {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::default()),
             changed: Condvar::new(),
+            hurried: Condvar::new(),
         });
         let writer = thread::Builder::new()
             .name("fibrpc-stdout".to_owned())
@@ -65,9 +72,11 @@ impl Lines {
         let mut state = self
             .shared
             .wait_while(|state| state.buffer.len() >= BUFFER_MAX)?;
+        if state.buffer.is_empty() {
+            self.shared.changed.notify_all();
+        }
         state.buffer.extend_from_slice(line.as_bytes());
         state.buffer.push(b'\n');
-        self.shared.changed.notify_all();
         Ok(())
     }
 
@@ -77,6 +86,8 @@ impl Lines {
     ///
     /// As of [`Lines::print`].
     pub fn flush(&self) -> io::Result<()> {
+        self.shared.lock().hurry = true;
+        self.shared.hurried.notify_all();
         self.shared
             .wait_while(|state| state.writing || !state.buffer.is_empty())
             .map(drop)
@@ -95,6 +106,7 @@ impl Lines {
     fn end(&mut self) {
         self.shared.lock().finished = true;
         self.shared.changed.notify_all();
+        self.shared.hurried.notify_all();
         if let Some(writer) = self.writer.take() {
             // It does not panic; if it did, the lines are gone all the same.
             let _ = writer.join();
@@ -144,11 +156,12 @@ impl Shared {
             drop(stdout);
             let mut state = self.lock();
             state.writing = false;
+            state.hurry = false;
             state.broken = written.err().map(|error| error.kind());
             self.changed.notify_all();
             let _ = self
-                .changed
-                .wait_timeout_while(state, COLLECT, |state| !state.finished);
+                .hurried
+                .wait_timeout_while(state, COLLECT, |state| !state.hurry && !state.finished);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Tests against a real broker: `make test` starts one.
 
+mod bench;
 mod chaos;
 mod cli;
 mod failures;

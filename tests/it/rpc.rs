@@ -1,12 +1,12 @@
 //! The tutorial's system, and a server that survives its callers.
 
 use crate::support::{
-    Message, PATIENCE, Peer, Process, RawPeer, client, eventually, fibrpc, long_string, run,
+    Local, Message, PATIENCE, Peer, Process, RawPeer, client, eventually, fibrpc, long_string, run,
     server, short_string, swallow, unique, url,
 };
 use amiquip::{AmqpProperties, AmqpValue, FieldTable, QueueDeclareOptions, QueueDeleteOptions};
 use crossbeam_channel::bounded;
-use fibrpc::{Error, RemoteError, RemoteErrorKind, Request, Server, ServerConfig};
+use fibrpc::{Error, RemoteError, RemoteErrorKind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -20,40 +20,6 @@ fn kind(message: &Message) -> Option<String> {
     match message.properties.headers().as_ref()?.get("x-error-kind")? {
         AmqpValue::LongString(kind) => Some(kind.clone()),
         other => panic!("x-error-kind is {other:?}"),
-    }
-}
-
-/// A server of the library in this process, with a handler of the test's own.
-struct Local {
-    stop: Option<crossbeam_channel::Sender<()>>,
-    ended: Option<thread::JoinHandle<Result<fibrpc::ServerStats, Error>>>,
-}
-
-impl Local {
-    fn start(
-        configure: impl FnOnce(&mut ServerConfig),
-        handler: impl Fn(Request) -> Result<Vec<u8>, RemoteError> + Send + Sync + 'static,
-    ) -> Local {
-        let mut config = ServerConfig::default();
-        config.endpoints = url().parse().unwrap();
-        configure(&mut config);
-        let server = Server::new(config).unwrap();
-        let (stop, stopped) = bounded(0);
-        let (ready, is_ready) = bounded(1);
-        let ended =
-            thread::spawn(move || server.run(handler, move || _ = ready.try_send(()), stopped));
-        is_ready
-            .recv_timeout(PATIENCE)
-            .expect("the server is ready");
-        Local {
-            stop: Some(stop),
-            ended: Some(ended),
-        }
-    }
-
-    fn stop(mut self) -> Result<fibrpc::ServerStats, Error> {
-        self.stop = None;
-        self.ended.take().unwrap().join().unwrap()
     }
 }
 

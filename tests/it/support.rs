@@ -5,8 +5,8 @@
 use amiquip::{
     AmqpProperties, Channel, ConsumerMessage, ConsumerOptions, Publish, QueueDeclareOptions,
 };
-use crossbeam_channel::{Receiver, unbounded};
-use fibrpc::{Client, ClientConfig, Endpoints};
+use crossbeam_channel::{Receiver, bounded, unbounded};
+use fibrpc::{Client, ClientConfig, Endpoints, Error, RemoteError, Request, Server, ServerConfig};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -193,6 +193,42 @@ pub fn server(url: &str, queue: &str, arguments: &[&str]) -> Process {
     let process = Process::spawn(fibrpc(url, queue).arg("server").args(arguments));
     assert_eq!(process.line(), " [x] Awaiting RPC requests");
     process
+}
+
+/// A server of the library in this process, with a handler of the test's own.
+pub struct Local {
+    stop: Option<crossbeam_channel::Sender<()>>,
+    ended: Option<thread::JoinHandle<Result<fibrpc::ServerStats, Error>>>,
+}
+
+impl Local {
+    /// Starts it; back when it consumes.
+    pub fn start(
+        configure: impl FnOnce(&mut ServerConfig),
+        handler: impl Fn(Request) -> Result<Vec<u8>, RemoteError> + Send + Sync + 'static,
+    ) -> Local {
+        let mut config = ServerConfig::default();
+        config.endpoints = url().parse().unwrap();
+        configure(&mut config);
+        let server = Server::new(config).unwrap();
+        let (stop, stopped) = bounded(0);
+        let (ready, is_ready) = bounded(1);
+        let ended =
+            thread::spawn(move || server.run(handler, move || _ = ready.try_send(()), stopped));
+        is_ready
+            .recv_timeout(PATIENCE)
+            .expect("the server is ready");
+        Local {
+            stop: Some(stop),
+            ended: Some(ended),
+        }
+    }
+
+    /// Tells it to stop; back when it has.
+    pub fn stop(mut self) -> Result<fibrpc::ServerStats, Error> {
+        self.stop = None;
+        self.ended.take().unwrap().join().unwrap()
+    }
 }
 
 /// A client of the library.
