@@ -692,6 +692,7 @@ impl<T> Supervisor<'_, T> {
             select! {
                 recv(self.reported) -> report => if let Ok(report) = report
                     && let Some(reason) = self.note(report)
+                    && Instant::now() < deadline // else the fuse has ended it
                 {
                     // Nothing can be answered any more; the broker gives it all to others.
                     log::warn!("lost the connection {} while draining: {reason}", connection.name);
