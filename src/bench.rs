@@ -1,13 +1,16 @@
 //! `fibrpc bench`: a closed or an open loop of calls on one client, every answer checked, and the
 //! report on it.
 
-use crate::class;
+use crate::cli::{BenchArgs, Global, ReportKind};
+use crate::{INTERRUPTED, class, on_first_signal};
 use fibrpc::{Answer, Calls, Client, fib};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -55,7 +58,7 @@ const PRECISION: u8 = 3;
 const WRONG: (&str, u8) = ("wrong", 3);
 
 /// What came of it.
-pub struct Report {
+struct Report {
     requests: u64,
     ok: u64,
     /// Failures by kind, and the exit code of each.
@@ -65,8 +68,26 @@ pub struct Report {
     latencies: Histogram<u64>,
 }
 
+/// Runs the command; the exit code is that of the commonest failure.
+pub fn bench(args: &BenchArgs, global: &Global) -> anyhow::Result<ExitCode> {
+    let client = Client::new(args.config(global)?)?;
+    let interrupted = client.clone();
+    on_first_signal(move || interrupted.close())?;
+    let report = run(&client, &args.plan());
+    let text = match args.output {
+        ReportKind::Text => report.text(),
+        ReportKind::Json => serde_json::to_string(&report.json())? + "\n",
+    };
+    io::stdout().lock().write_all(text.as_bytes())?;
+    Ok(match report.commonest_failure() {
+        _ if client.is_closed() => ExitCode::from(INTERRUPTED),
+        None => ExitCode::SUCCESS,
+        Some(code) => ExitCode::from(code),
+    })
+}
+
 /// Runs a plan; ends early when the client is closed.
-pub fn run(client: &Client, plan: &Plan) -> Report {
+fn run(client: &Client, plan: &Plan) -> Report {
     if plan.warmup > 0 {
         let in_flight = match plan.pace {
             Pace::Closed { in_flight } => in_flight,
@@ -227,7 +248,7 @@ impl<'c> Run<'c> {
 
 /// The report for programs, as the contract has it.
 #[derive(Serialize)]
-pub struct Json {
+struct Json {
     requests: u64,
     ok: u64,
     wrong: u64,
@@ -250,12 +271,12 @@ struct Latency {
 
 impl Report {
     /// The exit code of the commonest failure; `None` if there was none.
-    pub fn commonest_failure(&self) -> Option<u8> {
+    fn commonest_failure(&self) -> Option<u8> {
         let (&(_, code), _) = self.failures.iter().max_by_key(|&(_, count)| count)?;
         Some(code)
     }
 
-    pub fn json(&self) -> Json {
+    fn json(&self) -> Json {
         let mut errors: BTreeMap<_, _> = self
             .failures
             .iter()
@@ -296,7 +317,7 @@ impl Report {
     }
 
     /// The report for people.
-    pub fn text(&self) -> String {
+    fn text(&self) -> String {
         let mut out = format!(
             "{} requests in {:.2} s: {:.0} requests/s, {} answered right\n",
             self.requests,

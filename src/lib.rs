@@ -27,7 +27,9 @@
 //! 7. `client`: calls with deadlines; the keeper that reconnects.
 //! 8. `server`: the supervisor and its workers; how it drains.
 //!
-//! The binary is `main.rs` (dispatch, output, exit codes) and `cli.rs` (arguments).
+//! The binary is `main.rs` (dispatch, logs, exit codes), `cli.rs` (arguments), `output.rs` (lines on
+//! stdout), and a file for each command with much to say: `call.rs`,
+//! `bench.rs`.
 //!
 //! # What holds everywhere
 //!

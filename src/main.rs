@@ -2,22 +2,22 @@
 //! everything else to stderr.
 
 mod bench;
+mod call;
 mod cli;
 mod output;
 
 use anyhow::Context;
 use clap::Parser;
-use cli::{Algorithm, BenchArgs, CallArgs, Cli, Command, Output, ReportKind, ServerArgs};
+use cli::{Algorithm, Cli, Command, ServerArgs};
 use crossbeam_channel::bounded;
-use fibrpc::{Answer, Client, Error, RemoteError, Request, Server, fib, parse_n};
+use fibrpc::{Error, RemoteError, Request, Server, fib, parse_n};
 use output::Lines;
-use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::{self, ErrorKind, Write};
 use std::process::{self, ExitCode};
 use std::sync::{Arc, Once};
-use std::{env, str, thread};
+use std::{env, thread};
 
 /// The exit code after an interrupt, as shells report it: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
@@ -27,8 +27,8 @@ fn main() -> ExitCode {
     start_logging(cli.global.verbose);
     let done = match cli.command {
         Command::Server(args) => server(args, &cli.global),
-        Command::Call(args) => call(&args, &cli.global),
-        Command::Bench(args) => bench(&args, &cli.global),
+        Command::Call(args) => call::call(&args, &cli.global),
+        Command::Bench(args) => bench::bench(&args, &cli.global),
     };
     done.unwrap_or_else(|error| fail(&error))
 }
@@ -112,111 +112,6 @@ fn server(args: ServerArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
         stats.unanswerable
     );
     Ok(ExitCode::SUCCESS)
-}
-
-fn call(args: &CallArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
-    let client = Client::new(args.config(global)?)?;
-    let interrupted = client.clone();
-    on_first_signal(move || interrupted.close())?;
-    let lines = Lines::start()?;
-    let requests = args.numbers.iter().map(i128::to_string);
-    let mut answers = client.call_many(requests, args.concurrency.get());
-    let mut first_failure = None;
-    for &n in &args.numbers {
-        if args.output == Output::Text {
-            lines.print(&format!(" [x] Requesting fib({n})"))?;
-        }
-        let answer = answers.next().context("a call has no answer")?;
-        if let Err(error) = report(n, &answer, args.output, &lines)? {
-            first_failure.get_or_insert(class(&error).1);
-        }
-        if client.is_closed() {
-            break;
-        }
-    }
-    lines.finish()?;
-    if client.is_closed() {
-        return Ok(ExitCode::from(INTERRUPTED));
-    }
-    Ok(first_failure.map_or(ExitCode::SUCCESS, ExitCode::from))
-}
-
-/// Prints how one call ended; returns the error if it failed.
-fn report(
-    n: i128,
-    answer: &Answer<u64>,
-    output: Output,
-    lines: &Lines,
-) -> io::Result<Result<(), Error>> {
-    let result = answer.result.clone().and_then(|body| decimal(&body));
-    match (&result, output) {
-        (_, Output::Json) => {
-            let line = JsonLine {
-                n,
-                result: result.as_deref().ok(),
-                error: result.as_ref().err().map(|error| JsonError {
-                    kind: class(error).0,
-                    message: error.to_string(),
-                }),
-                latency_ms: answer.latency.as_micros() as f64 / 1000.0,
-            };
-            lines.print(&serde_json::to_string(&line)?)?;
-        }
-        (Ok(number), Output::Text) => lines.print(&format!(" [.] Got {number}"))?,
-        (Ok(number), Output::Raw) => lines.print(number)?,
-        (Err(error), Output::Text | Output::Raw) => {
-            // So that on a terminal the two come in order.
-            lines.flush()?;
-            eprintln!("error: fib({n}): {error}");
-            print_hint(error);
-        }
-    }
-    Ok(result.map(drop))
-}
-
-fn bench(args: &BenchArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
-    let client = Client::new(args.config(global)?)?;
-    let interrupted = client.clone();
-    on_first_signal(move || interrupted.close())?;
-    let report = bench::run(&client, &args.plan());
-    let text = match args.output {
-        ReportKind::Text => report.text(),
-        ReportKind::Json => serde_json::to_string(&report.json())? + "\n",
-    };
-    io::stdout().lock().write_all(text.as_bytes())?;
-    Ok(match report.commonest_failure() {
-        _ if client.is_closed() => ExitCode::from(INTERRUPTED),
-        None => ExitCode::SUCCESS,
-        Some(code) => ExitCode::from(code),
-    })
-}
-
-#[derive(Serialize)]
-struct JsonLine<'a> {
-    n: i128,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    result: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<JsonError>,
-    latency_ms: f64,
-}
-
-#[derive(Serialize)]
-struct JsonError {
-    kind: &'static str,
-    message: String,
-}
-
-/// A reply's number. Anything else is an error that a server sent without our header.
-fn decimal(body: &[u8]) -> Result<String, Error> {
-    match str::from_utf8(body) {
-        Ok(text) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(text.to_owned()),
-        _ => {
-            let shown = body[..body.len().min(100)].escape_ascii();
-            let message = format!("the answer is not a number: \"{shown}\"");
-            Err(Error::Remote(RemoteError::internal(message)))
-        }
-    }
 }
 
 /// Does something on the first SIGINT or SIGTERM; exits at once on the second.
