@@ -1,14 +1,15 @@
-//! Brokers: their URLs, opening and closing a connection, the request queue, safe consuming.
+//! Brokers: their URLs, opening and closing a connection, the request queue.
 //!
 //! Everything here that talks to a broker has a deadline. amiquip's round trips have none, so a
 //! [`Fuse`](crate::socket::Fuse) is lit before each: when it burns down, the socket is shut, and
 //! the round trip returns with an error.
 
 use crate::error::{Error, QueueStatus};
-use crate::socket::{self, Never, Opened, Outbox};
+use crate::inbox::{Inbox, Sink};
+use crate::socket::{self, Never, Opened, Outbox, Transport};
 use amiquip::{
     AmqpValue, Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
-    Consumer, ConsumerMessage, ConsumerOptions, FieldTable, QueueDeclareOptions,
+    FieldTable, QueueDeclareOptions,
 };
 use crossbeam_channel::{Receiver, bounded};
 use std::fmt;
@@ -184,7 +185,8 @@ impl fmt::Debug for Endpoints {
 pub(crate) struct Connection {
     /// `None` once closed.
     inner: Option<amiquip::Connection>,
-    /// The way out, for whatever is sent often.
+    /// The way in and the way out, for the class `basic`.
+    pub inbox: Arc<Inbox>,
     pub outbox: Arc<Outbox>,
     /// Disconnected when the connection is dead.
     pub down: Receiver<Never>,
@@ -197,7 +199,8 @@ pub(crate) struct Connection {
 impl Connection {
     /// Connects to the first of the brokers that answers. Each gets an equal share of the time.
     ///
-    /// `purpose` says in the broker's list of connections what this one is for.
+    /// `purpose` says in the broker's list of connections what this one is for. `sink` makes what
+    /// takes the arrivals that no thread of ours reads.
     ///
     /// # Errors
     ///
@@ -206,11 +209,12 @@ impl Connection {
         endpoints: &Endpoints,
         purpose: &str,
         deadline: Instant,
+        sink: &dyn Fn() -> Box<dyn Sink>,
     ) -> Result<Connection, Error> {
         let mut failures = Vec::new();
         for (index, endpoint) in endpoints.0.iter().enumerate() {
             let deadline = share_of(deadline, endpoints.0.len() - index);
-            match endpoint.open(purpose, deadline) {
+            match endpoint.open(purpose, deadline, sink) {
                 Ok(connection) => {
                     log::info!("connected to {endpoint} as {}", connection.name);
                     return Ok(connection);
@@ -297,14 +301,19 @@ impl Failure {
 }
 
 impl Endpoint {
-    fn open(&self, purpose: &str, deadline: Instant) -> Result<Connection, Failure> {
+    fn open(
+        &self,
+        purpose: &str,
+        deadline: Instant,
+        sink: &dyn Fn() -> Box<dyn Sink>,
+    ) -> Result<Connection, Failure> {
         let addresses = self.resolve(deadline)?;
         let mut last = Failure::new("the name has no address");
         // `localhost` is two addresses, and most brokers listen on one of them.
         for (index, address) in addresses.iter().enumerate() {
             let deadline = share_of(deadline, addresses.len() - index);
             match TcpStream::connect_timeout(address, time_left(deadline)) {
-                Ok(socket) => return self.shake_hands(socket, purpose, deadline),
+                Ok(socket) => return self.shake_hands(socket, purpose, deadline, sink()),
                 Err(error) => last = Failure::io(&format!("connecting to {address}"), error),
             }
         }
@@ -342,16 +351,20 @@ impl Endpoint {
         socket: TcpStream,
         purpose: &str,
         deadline: Instant,
+        sink: Box<dyn Sink>,
     ) -> Result<Connection, Failure> {
         let name = match (socket.local_addr(), socket.peer_addr()) {
             (Ok(local), Ok(peer)) => format!("{local} -> {peer}"),
             _ => "a connection already lost".to_owned(),
         };
+        let transport = Transport::Plain(Arc::new(socket));
         let Opened {
             stream,
+            inbox,
             outbox,
             down,
-        } = socket::share(socket).map_err(|error| Failure::io("setting up the socket", error))?;
+        } = socket::share(transport, sink)
+            .map_err(|error| Failure::io("setting up the socket", error))?;
         let options = ConnectionOptions::default()
             .auth(Auth::Plain {
                 username: self.user.clone(),
@@ -367,6 +380,7 @@ impl Endpoint {
         match opened {
             Ok((blocked, inner)) => Ok(Connection {
                 inner: Some(inner),
+                inbox,
                 outbox,
                 down,
                 blocked,
@@ -541,48 +555,6 @@ fn on_queue(queue: &str, error: &amiquip::Error) -> Error {
     }
 }
 
-/// A consumer that may be dropped at any time.
-///
-/// Dropping amiquip's own while deliveries arrive kills the connection: its I/O thread finds the
-/// receiver gone. So this one cancels, and keeps the receiver until the last message is in.
-pub(crate) struct Consuming<'a>(Consumer<'a>);
-
-impl<'a> Consuming<'a> {
-    /// Starts to consume `queue` on `channel`.
-    pub fn start(
-        channel: &'a Channel,
-        queue: &str,
-        options: ConsumerOptions,
-    ) -> Result<Consuming<'a>, amiquip::Error> {
-        channel.basic_consume(queue, options).map(Consuming)
-    }
-
-    /// Where the deliveries arrive.
-    pub fn receiver(&self) -> &Receiver<ConsumerMessage> {
-        self.0.receiver()
-    }
-
-    /// The name of the consumer on its channel.
-    pub fn tag(&self) -> &str {
-        self.0.consumer_tag()
-    }
-
-    /// Stops deliveries. The receiver still gives what was on its way, and then disconnects.
-    pub fn cancel(&self) -> Result<(), amiquip::Error> {
-        self.0.cancel()
-    }
-}
-
-impl Drop for Consuming<'_> {
-    fn drop(&mut self) {
-        // On a dead connection both return at once; on a live one, whoever drops this has a fuse
-        // burning, or heartbeats as the last resort.
-        if self.cancel().is_ok() {
-            while let Ok(ConsumerMessage::Delivery(_)) = self.receiver().recv() {}
-        }
-    }
-}
-
 /// Waits between attempts to connect: 0.1 s doubling to 5 s, each shortened by chance to
 /// somewhere between half and whole, so that a thousand clients do not come back at once.
 #[derive(Debug, Default)]
@@ -617,6 +589,7 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inbox::Nowhere;
 
     fn one(url: &str) -> Endpoint {
         let Endpoints(mut endpoints) = url.parse().unwrap_or_else(|e| panic!("{url}: {e}"));
@@ -715,7 +688,7 @@ mod tests {
     fn a_name_that_does_not_resolve_is_unreachable_and_says_so() {
         let endpoints: Endpoints = "amqp://no-such-host.invalid".parse().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
-        let error = Connection::open(&endpoints, "test", deadline)
+        let error = Connection::open(&endpoints, "test", deadline, &|| Box::new(Nowhere))
             .map(drop)
             .unwrap_err();
         assert!(

@@ -1,10 +1,10 @@
 //! The client: calls with deadlines, over one connection that many threads share.
 //!
-//! A call costs no hop between threads of ours while all is well. The calling thread registers
-//! its correlation id, writes the request to the socket itself, and then waits for three things
-//! at once: its own inbox, the link's replies, the link's returned requests. Whoever takes a reply
-//! off the wire hands it to its owner; crossbeam's receivers are shared, so any waiting caller
-//! serves the others, with no leader to elect and none to lose.
+//! A call costs no hop between threads while all is well. The calling thread registers its
+//! correlation id, writes the request to the socket itself, and then reads the socket itself, if
+//! nobody else does. Whoever takes a reply off the wire hands it to its owner, so any waiting
+//! caller serves the others, and when none waits, amiquip's I/O thread does (see
+//! [`crate::inbox`]).
 //!
 //! What may block is left to one thread, the keeper: resolve names, connect, reconnect, declare
 //! the callback queue, publish again what a lost connection left unanswered, close. So nothing
@@ -14,16 +14,15 @@
 //! then the request runs twice. So publishing again, under the same correlation id, adds no new
 //! kind of surprise, and a reply whose correlation id nobody knows (any more) is dropped.
 
-use crate::broker::{self, Backoff, Connection, Consuming, Endpoints};
+use crate::arrival::{Arrival, ChannelNews, Message};
+use crate::broker::{self, Backoff, Connection, Endpoints};
 use crate::error::{Error, QueueStatus, WaitingFor};
-use crate::frame::{Properties, Publish, SHORT_STRING_MAX, put_publish};
+use crate::frame::{Properties, Publish, SHORT_STRING_MAX, put_consume, put_publish};
+use crate::inbox::{Inbox, Sink};
 use crate::socket::{Never, NotSent, Outbox};
 use crate::wire;
-use amiquip::{
-    ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, Delivery, QueueDeclareOptions,
-    Return,
-};
-use crossbeam_channel::{Receiver, RecvError, Sender, bounded, select, unbounded};
+use amiquip::{ConnectionBlockedNotification, QueueDeclareOptions};
+use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,6 +46,9 @@ const RETURN_GRACE: Duration = Duration::from_secs(10);
 /// How long before its deadline a call asks after the queue, to say what it was waiting for:
 /// this, or a fifth of the call's whole time if that is less.
 const DIAGNOSIS_TIME: Duration = Duration::from_millis(200);
+
+/// How long a request may be held back to leave together with others.
+const COLLECT_TIME: Duration = Duration::from_micros(500);
 
 /// How long dropping the last handle waits for an orderly close.
 const CLOSE_TIME: Duration = Duration::from_millis(200);
@@ -224,6 +226,7 @@ impl Client {
             inbox,
             open: HashMap::new(),
             deadlines: BTreeSet::new(),
+            ready: VecDeque::new(),
             link: None,
             unflushed: None,
             asked: None,
@@ -286,10 +289,12 @@ pub struct Calls<'c, K> {
     open: HashMap<CorrelationId, OpenCall<K>>,
     /// The open calls by deadline, the next to pass first.
     deadlines: BTreeSet<(Instant, CorrelationId)>,
+    /// Calls of ours that have ended and whose answers are still to be given out.
+    ready: VecDeque<Settled>,
     /// The link we listen on.
     link: Option<Arc<Link>>,
-    /// The link on which requests are collected that are not sent yet.
-    unflushed: Option<Arc<Link>>,
+    /// The link on which requests are collected that are not sent yet, and since when.
+    unflushed: Option<(Arc<Link>, Instant)>,
     /// When we last asked after the queue.
     asked: Option<Instant>,
 }
@@ -303,7 +308,8 @@ struct OpenCall<K> {
 impl<K> Calls<'_, K> {
     /// Sends a request. Never blocks, never fails: what goes wrong is the call's answer. A
     /// request that cannot be sent now is sent as soon as it can. While answers are there to be
-    /// taken, requests are collected, and leave together when the last of those is taken.
+    /// taken, requests are collected, and leave together when the last of those is taken, or
+    /// half a millisecond has passed.
     pub fn submit(&mut self, key: K, request: &[u8]) {
         let id = CorrelationId(rand::random());
         let submitted = Instant::now();
@@ -341,12 +347,16 @@ impl<K> Calls<'_, K> {
             events: self.events.clone(),
         };
         // With answers still to be taken, we will be back in no time, and wait only after that.
-        let answers_wait = self
-            .link
-            .as_ref()
-            .is_some_and(|link| !link.replies.is_empty());
-        if let Some(link) = self.shared.begin(id, pending, answers_wait) {
-            self.unflushed = Some(link);
+        let collect = !self.ready.is_empty()
+            && self
+                .unflushed
+                .as_ref()
+                .is_none_or(|(_, since)| submitted.duration_since(*since) < COLLECT_TIME);
+        match self.shared.begin(id, pending, collect) {
+            Some(link) => {
+                self.unflushed.get_or_insert((link, submitted));
+            }
+            None => self.unflushed = None,
         }
     }
 
@@ -402,38 +412,50 @@ impl<K> Calls<'_, K> {
     /// Waits for something to happen, at most until `wake_at`; whatever it is, it is dealt with,
     /// and if it ends a call of ours, that is returned.
     fn wait(&mut self, wake_at: Instant) -> Option<Settled> {
+        if let Some(settled) = self.ready.pop_front() {
+            return Some(settled);
+        }
+        if let Some((link, _)) = self.unflushed.take() {
+            link.outbox.flush();
+        }
         if self.link.is_none() {
             self.link = self.shared.lock().link.clone();
         }
-        if let Some(link) = self.unflushed.take_if(|link| link.replies.is_empty()) {
-            link.outbox.flush();
-        }
         let timeout = wake_at.saturating_duration_since(Instant::now());
-        let Some(link) = &self.link else {
-            return match self.inbox.recv_timeout(timeout) {
-                Ok(Event::Settled(id, result)) => Some((id, result)),
-                // Either way, the caller looks again.
-                Ok(Event::LinkUp) | Err(_) => None,
-            };
+        let link = self.link.clone();
+        let lead = link.as_ref().and_then(|link| link.inbox.try_lead());
+        let (Some(link), Some(mut lead)) = (&link, lead) else {
+            // Whoever leads, or the keeper, will tell us.
+            let event = self.inbox.recv_timeout(timeout).ok()?;
+            return self.hear(event);
         };
-        select! {
-            recv(link.replies) -> message => if let Some(reply) = delivery(message) {
-                return self.shared.take_reply(reply, &self.open);
-            },
-            recv(self.inbox) -> event => return match event {
-                Ok(Event::Settled(id, result)) => Some((id, result)),
-                // We hold a sender ourselves, so it cannot be disconnected.
-                Ok(Event::LinkUp) | Err(_) => { self.link = None; None }
-            },
-            recv(link.returns) -> returned => if let Ok(returned) = returned {
-                return self.shared.take_return(link, &returned, &self.open);
-            },
-            default(timeout) => return None,
+        // From before we led. While we lead, we hear of nothing but what we read.
+        if let Ok(event) = self.inbox.try_recv() {
+            drop(lead);
+            return self.hear(event);
         }
-        // However a link ends, the keeper finds out why.
-        self.shared.report_broken(link.generation);
-        self.link = None;
-        None
+        let (shared, open, ready) = (self.shared, &self.open, &mut self.ready);
+        let read = lead.read(timeout, |arrival| {
+            ready.extend(shared.take(link, arrival, open));
+        });
+        drop(lead);
+        if read.is_err() {
+            // However a link ends, the keeper finds out why.
+            self.shared.report_broken(link.generation);
+            self.link = None;
+        }
+        self.ready.pop_front()
+    }
+
+    /// Deals with what another thread has told us.
+    fn hear(&mut self, event: Event) -> Option<Settled> {
+        match event {
+            Event::Settled(id, result) => Some((id, result)),
+            Event::LinkUp => {
+                self.link = None;
+                None
+            }
+        }
     }
 
     /// Closes one of our open calls with its result; `None` if it is not open any more.
@@ -464,22 +486,6 @@ impl<K> Drop for Calls<'_, K> {
                 state.pending.remove(id);
             }
         }
-    }
-}
-
-/// The reply that a message from the callback queue is; `None` if it is the end of the queue.
-fn delivery(message: Result<ConsumerMessage, RecvError>) -> Option<Delivery> {
-    match message {
-        Ok(ConsumerMessage::Delivery(reply)) => Some(reply),
-        Ok(
-            ConsumerMessage::ClientCancelled
-            | ConsumerMessage::ServerCancelled
-            | ConsumerMessage::ClientClosedChannel
-            | ConsumerMessage::ServerClosedChannel(_)
-            | ConsumerMessage::ClientClosedConnection
-            | ConsumerMessage::ServerClosedConnection(_),
-        )
-        | Err(RecvError) => None,
     }
 }
 
@@ -533,10 +539,11 @@ struct CorrelationId(u128);
 impl CorrelationId {
     const LEN: usize = 32;
 
-    fn parse(text: &str) -> Option<CorrelationId> {
+    fn parse(text: &[u8]) -> Option<CorrelationId> {
         if text.len() != Self::LEN {
             return None;
         }
+        let text = std::str::from_utf8(text).ok()?;
         u128::from_str_radix(text, 16).ok().map(CorrelationId)
     }
 }
@@ -591,12 +598,13 @@ struct Link {
     /// Counts the links of a client, from 1.
     generation: u64,
     since: Instant,
+    inbox: Arc<Inbox>,
     outbox: Arc<Outbox>,
     channel: u16,
     /// The callback queue.
     reply_to: String,
-    replies: Receiver<ConsumerMessage>,
-    returns: Receiver<Return>,
+    /// The way to the keeper, for what is about the channel and not about a call.
+    news: Sender<Arrival>,
     /// The broker's reason, while it blocks publishers.
     blocked: Mutex<Option<String>>,
 }
@@ -612,13 +620,13 @@ impl Link {
             .as_millis();
         let expiration = left.clamp(1, u128::from(u32::MAX)).to_string();
         let message = Publish {
-            routing_key: queue,
+            routing_key: queue.as_bytes(),
             mandatory: true,
             properties: Properties {
                 content_type: Some(wire::TEXT_PLAIN),
-                correlation_id: Some(&correlation_id),
-                reply_to: Some(&self.reply_to),
-                expiration: Some(&expiration),
+                correlation_id: Some(correlation_id.as_bytes()),
+                reply_to: Some(self.reply_to.as_bytes()),
+                expiration: Some(expiration.as_bytes()),
                 header: None,
             },
             body: &pending.request,
@@ -677,9 +685,9 @@ impl Shared {
         let _ = self.kick.try_send(());
     }
 
-    /// Registers a call and sends its request, or leaves that to the keeper.
-    /// With `delay`, it may only be appended to what is sent next; then that link is returned.
-    fn begin(&self, id: CorrelationId, mut pending: Pending, delay: bool) -> Option<Arc<Link>> {
+    /// Registers a call and sends its request, or leaves that to the keeper. To `collect`, it is
+    /// appended to what is sent next; then the link is returned.
+    fn begin(&self, id: CorrelationId, mut pending: Pending, collect: bool) -> Option<Arc<Link>> {
         let mut state = self.lock();
         if state.closing {
             let _ = pending.events.send(Event::Settled(id, Err(Error::Closed)));
@@ -697,13 +705,13 @@ impl Shared {
         drop(state);
         let sent = link.as_ref().is_some_and(|link| {
             let encode = |out: &mut Vec<u8>| link.encode(&self.config.queue, id, &unsent, out);
-            match delay {
+            match collect {
                 true => link.outbox.try_append(encode).is_ok(),
                 false => link.outbox.try_send(encode).is_ok(),
             }
         });
         if sent {
-            return link.filter(|_| delay);
+            return link.filter(|_| collect);
         }
         if let Some(pending) = self.lock().pending.get_mut(&id)
             && pending.sent_on == generation
@@ -714,17 +722,23 @@ impl Shared {
         None
     }
 
-    /// Gives a reply to its caller; returns it if that is whoever holds `mine`.
-    fn take_reply<K>(
-        &self,
-        reply: Delivery,
-        mine: &HashMap<CorrelationId, OpenCall<K>>,
-    ) -> Option<Settled> {
-        let id = reply
-            .properties
-            .correlation_id()
-            .as_deref()
-            .and_then(CorrelationId::parse);
+    /// Deals with what has arrived on a link. If it ends a call, its caller is told, or, if that is
+    /// whoever holds `mine`, it is returned.
+    fn take(&self, link: &Link, arrival: Arrival, mine: &impl Knows) -> Option<Settled> {
+        match arrival {
+            Arrival::Delivery { message, .. } => self.take_reply(message, mine),
+            Arrival::Returned(message) => self.take_return(link, &message, mine),
+            Arrival::Channel(..) => {
+                // A keeper that has moved on to another link does not need to know.
+                let _ = link.news.send(arrival);
+                None
+            }
+        }
+    }
+
+    fn take_reply(&self, reply: Message, mine: &impl Knows) -> Option<Settled> {
+        let properties = reply.head.properties();
+        let id = properties.correlation_id.and_then(CorrelationId::parse);
         let pending = id.and_then(|id| self.lock().pending.remove(&id));
         let (Some(id), Some(pending)) = (id, pending) else {
             // A second answer to a request that was executed twice, or one too late.
@@ -732,18 +746,13 @@ impl Shared {
             log::debug!("dropped a reply that no call waits for");
             return None;
         };
-        let result = wire::decode_reply(&reply.properties, reply.body).map_err(Error::Remote);
+        let result = wire::decode_reply(&properties, reply.body).map_err(Error::Remote);
         hand_over(id, result, &pending, mine)
     }
 
     /// Deals with a request that the broker returned because there is no such queue.
-    fn take_return<K>(
-        &self,
-        link: &Link,
-        returned: &Return,
-        mine: &HashMap<CorrelationId, OpenCall<K>>,
-    ) -> Option<Settled> {
-        let id = CorrelationId::parse(returned.properties.correlation_id().as_deref()?)?;
+    fn take_return(&self, link: &Link, returned: &Message, mine: &impl Knows) -> Option<Settled> {
+        let id = CorrelationId::parse(returned.head.properties().correlation_id?)?;
         let mut state = self.lock();
         let just_reconnected = link.generation > 1 && link.since.elapsed() < RETURN_GRACE;
         if self.config.wait_for_server || just_reconnected {
@@ -841,17 +850,60 @@ impl Shared {
 
 /// Ends a call: returns its result to whoever holds `mine` if it is among those, and otherwise
 /// sends it to its owner. One that is gone needs none.
-fn hand_over<K>(
+fn hand_over(
     id: CorrelationId,
     result: Outcome,
     pending: &Pending,
-    mine: &HashMap<CorrelationId, OpenCall<K>>,
+    mine: &impl Knows,
 ) -> Option<Settled> {
-    if mine.contains_key(&id) {
+    if mine.knows(id) {
         return Some((id, result));
     }
     let _ = pending.events.send(Event::Settled(id, result));
     None
+}
+
+/// Some calls, as far as it matters to whom a reply is given.
+trait Knows {
+    fn knows(&self, id: CorrelationId) -> bool;
+}
+
+impl<K> Knows for HashMap<CorrelationId, OpenCall<K>> {
+    fn knows(&self, id: CorrelationId) -> bool {
+        self.contains_key(&id)
+    }
+}
+
+/// Nobody's calls.
+struct Nobody;
+
+impl Knows for Nobody {
+    fn knows(&self, _: CorrelationId) -> bool {
+        false
+    }
+}
+
+/// Deals out what arrives while no caller reads.
+struct Unattended {
+    shared: Arc<Shared>,
+    news: Sender<Arrival>,
+}
+
+impl Sink for Unattended {
+    fn take(&self, arrival: Arrival) {
+        let link = self.shared.lock().link.clone();
+        match link {
+            Some(link) => {
+                let _ = self.shared.take(&link, arrival, &Nobody);
+            }
+            // The link is being set up, or is known to be broken.
+            None => {
+                let _ = self.news.send(arrival);
+            }
+        }
+    }
+
+    fn done(&self) {}
 }
 
 /// The thread that does what may block.
@@ -950,11 +1002,18 @@ impl Keeper {
     fn connect_and_serve(&self) -> Option<Error> {
         let config = &self.shared.config;
         let deadline = Instant::now() + CONNECT_TIME;
-        let mut connection = match Connection::open(&config.endpoints, "client", deadline) {
+        let (news, told) = unbounded();
+        let sink = || -> Box<dyn Sink> {
+            Box::new(Unattended {
+                shared: Arc::clone(&self.shared),
+                news: news.clone(),
+            })
+        };
+        let mut connection = match Connection::open(&config.endpoints, "client", deadline, &sink) {
             Ok(connection) => connection,
             Err(error) => return Some(error),
         };
-        let served = self.set_up_and_serve(&mut connection);
+        let served = self.set_up_and_serve(&mut connection, news, &told);
         // amiquip tells the true cause only when closed.
         let reason = match (served, connection.close()) {
             (Ok(()), _) => return None,
@@ -985,10 +1044,14 @@ impl Keeper {
     /// # Errors
     ///
     /// Why it was lost, as far as can be told before the connection is closed.
-    fn set_up_and_serve(&self, connection: &mut Connection) -> Result<(), String> {
+    fn set_up_and_serve(
+        &self,
+        connection: &mut Connection,
+        news: Sender<Arrival>,
+        told: &Receiver<Arrival>,
+    ) -> Result<(), String> {
         let channel = connection.open_channel().map_err(describe)?;
         let fuse = connection.outbox.fuse(broker::SETUP_TIME);
-        let returns = channel.listen_for_returns().map_err(describe)?;
         let reply_to = match self.shared.config.reply_to {
             ReplyTo::Direct => wire::DIRECT_REPLY_TO.to_owned(),
             ReplyTo::Queue => {
@@ -1004,25 +1067,32 @@ impl Keeper {
                     .to_owned()
             }
         };
-        let no_ack = ConsumerOptions {
-            no_ack: true,
-            ..ConsumerOptions::default()
+        let consume = |out: &mut Vec<u8>| {
+            put_consume(out, channel.channel_id(), reply_to.as_bytes(), true);
         };
-        let consuming = Consuming::start(&channel, &reply_to, no_ack).map_err(describe)?;
+        let _ = connection.outbox.send(None, consume);
+        select! {
+            recv(told) -> news => match news {
+                Ok(Arrival::Channel(_, ChannelNews::Consuming)) => {}
+                Ok(Arrival::Channel(_, ChannelNews::Closed(reason))) => return Err(reason),
+                other => return Err(format!("the broker answered basic.consume with {other:?}")),
+            },
+            recv(connection.down) -> _ => return Err("the connection is gone".to_owned()),
+        }
         drop(fuse);
         let link = self.link_up(Link {
             generation: 0,
             since: Instant::now(),
+            inbox: Arc::clone(&connection.inbox),
             outbox: Arc::clone(&connection.outbox),
             channel: channel.channel_id(),
             reply_to,
-            replies: consuming.receiver().clone(),
-            returns,
+            news,
             blocked: Mutex::new(None),
         });
-        let end = self.serve(&link, connection);
+        let end = self.serve(&link, connection, told);
         self.shared.report_broken(link.generation);
-        // Before the consumer and the channel are dropped: then they have nothing to wait for.
+        // Before the channel is dropped: then that has nothing to wait for.
         let closed = connection.close();
         match end {
             End::Closing => Ok(()),
@@ -1054,7 +1124,7 @@ impl Keeper {
     }
 
     /// Does what callers ask for, until the link ends.
-    fn serve(&self, link: &Link, connection: &mut Connection) -> End {
+    fn serve(&self, link: &Link, connection: &mut Connection, told: &Receiver<Arrival>) -> End {
         let mut unsent = false;
         loop {
             let wake_after = match self.shared.config.resend_after {
@@ -1065,6 +1135,12 @@ impl Keeper {
             select! {
                 recv(self.kicked) -> _ => {}
                 recv(connection.down) -> _ => return End::Lost,
+                recv(told) -> news => match news {
+                    // Of a channel on which we have asked after the queue.
+                    Ok(Arrival::Channel(channel, _)) if channel != link.channel => {}
+                    // Nothing else that we are told now means that all is well.
+                    _ => return End::Lost,
+                },
                 recv(connection.blocked) -> notice => match notice {
                     Ok(ConnectionBlockedNotification::Blocked(reason)) => self.block(link, Some(reason)),
                     Ok(ConnectionBlockedNotification::Unblocked) => self.block(link, None),
@@ -1178,13 +1254,13 @@ mod tests {
         #[test]
         fn a_correlation_id_reads_back(id: u128) {
             prop_assert_eq!(
-                CorrelationId::parse(&CorrelationId(id).to_string()),
+                CorrelationId::parse(CorrelationId(id).to_string().as_bytes()),
                 Some(CorrelationId(id))
             );
         }
 
         #[test]
-        fn a_foreign_correlation_id_is_no_panic(text: String) {
+        fn a_foreign_correlation_id_is_no_panic(text: Vec<u8>) {
             let _ = CorrelationId::parse(&text);
         }
     }

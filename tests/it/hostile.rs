@@ -184,7 +184,9 @@ fn a_hundred_thousand_hostile_messages_harm_nothing() {
     let late = resident(server.pid());
     if let (Some(early), Some(late)) = (early, late) {
         println!("server memory: {early} KiB after a quarter, {late} KiB at the end");
-        assert!(late < early * 3 / 2 + 8 * 1024, "{early} KiB -> {late} KiB");
+        // Whichever thread reads a message keeps its memory for the next: 4 workers and the I/O
+        // thread, with 16 MiB each.
+        assert!(late < early + 5 * 16 * 1024, "{early} KiB -> {late} KiB");
     }
     server.signal("TERM");
     assert!(

@@ -1,0 +1,410 @@
+//! The way in: who reads the socket.
+//!
+//! A thread that hands a message to another pays for it twice, once to wake it and once to be
+//! woken. So here the thread that waits for a message reads the socket itself: it takes the lead,
+//! blocks in `read`, and deals out whatever arrives, to itself and to others. There is one
+//! leader at a time, and while there is none, because everyone is busy or nobody waits, amiquip's
+//! I/O thread stands in for it: the socket is then watched for it, and it deals out by the
+//! connection's [`Sink`].
+//!
+//! What is not of the class `basic` is left to amiquip: the leader puts it into a buffer that
+//! amiquip reads instead of the socket ([`crate::socket::Stream`]).
+
+use crate::arrival::{Arrival, Assembler, Malformed, frame_len};
+use crate::socket::{Down, Transport};
+use mio::unix::EventedFd;
+use mio::{Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+/// How much is read from the socket at a time, in bytes.
+const READ_LEN: usize = 64 << 10;
+
+/// A buffer that a large frame has grown beyond this is given back, in bytes.
+const BUFFER_KEPT_MAX: usize = 1 << 20;
+
+/// How long a leader blocks at most before it looks around.
+const READ_TIME_MAX: Duration = Duration::from_millis(250);
+
+/// How often amiquip gets a sign of life, at most. It counts what it reads as that, and gives a
+/// broker up that is silent for two heartbeats; but a busy broker sends no heartbeats, and what it
+/// does send does not come by amiquip.
+const LIFE_SIGN_INTERVAL: Duration = Duration::from_secs(1);
+const HEARTBEAT_FRAME: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
+
+/// Where amiquip's I/O thread puts what arrives while no thread of ours leads.
+pub(crate) trait Sink: Send + Sync {
+    /// Something has arrived.
+    fn take(&self, arrival: Arrival);
+    /// That was all for now.
+    fn done(&self);
+}
+
+/// Takes nothing in.
+#[cfg(test)]
+pub(crate) struct Nowhere;
+
+#[cfg(test)]
+impl Sink for Nowhere {
+    fn take(&self, _: Arrival) {}
+    fn done(&self) {}
+}
+
+/// The way in.
+pub(crate) struct Inbox {
+    /// Held by the leader.
+    reader: Mutex<Reader>,
+    transport: Transport,
+    /// Becomes readable when the socket does, while it is watched. Another descriptor than the
+    /// transport's, because a socket can be in a poll once.
+    watch: Poll,
+    watched: std::net::TcpStream,
+    /// Whether the socket is being watched, as far as is known.
+    watching: AtomicBool,
+    /// What amiquip is to read.
+    feed: Mutex<Feed>,
+    /// Tells amiquip to do that.
+    registration: Registration,
+    call: SetReadiness,
+    sink: Box<dyn Sink>,
+}
+
+struct Reader {
+    /// What has arrived and is not yet dealt out is `bytes[..filled]`.
+    bytes: Vec<u8>,
+    filled: usize,
+    assembler: Assembler,
+    /// Whether what arrives is not AMQP as we know it; then amiquip gets it all, and complains.
+    foreign: bool,
+    /// How long a read blocks, as the socket is set.
+    read_time: Duration,
+    /// When amiquip last got anything.
+    life_sign: Instant,
+}
+
+#[derive(Default)]
+struct Feed {
+    bytes: Vec<u8>,
+    /// How much of it amiquip has read.
+    read: usize,
+    /// How the connection ended, if it has.
+    end: Option<End>,
+}
+
+#[derive(Clone, Copy)]
+enum End {
+    Closed,
+    Failed(ErrorKind, Option<i32>),
+}
+
+impl Inbox {
+    /// # Errors
+    ///
+    /// The operating system refuses another descriptor.
+    pub fn new(transport: Transport, sink: Box<dyn Sink>) -> io::Result<Inbox> {
+        let watched = transport.socket().try_clone()?;
+        let watch = Poll::new()?;
+        watch.register(
+            &EventedFd(&watched.as_raw_fd()),
+            Token(0),
+            Ready::empty(),
+            PollOpt::level() | PollOpt::oneshot(),
+        )?;
+        transport.socket().set_read_timeout(Some(READ_TIME_MAX))?;
+        let (registration, call) = Registration::new2();
+        let inbox = Inbox {
+            reader: Mutex::new(Reader {
+                bytes: Vec::new(),
+                filled: 0,
+                assembler: Assembler::default(),
+                foreign: false,
+                read_time: READ_TIME_MAX,
+                life_sign: Instant::now(),
+            }),
+            transport,
+            watch,
+            watched,
+            watching: AtomicBool::new(false),
+            feed: Mutex::default(),
+            registration,
+            call,
+            sink,
+        };
+        inbox.watch();
+        Ok(inbox)
+    }
+
+    /// Takes the lead, if nobody has it.
+    pub fn try_lead(&self) -> Option<Lead<'_>> {
+        let lead = self.try_read()?;
+        // Nobody else needs to know of what we are about to read.
+        if self.watching.swap(false, Ordering::AcqRel) {
+            self.rearm(Ready::empty());
+        }
+        Some(lead)
+    }
+
+    fn try_read(&self) -> Option<Lead<'_>> {
+        let reader = match self.reader.try_lock() {
+            Ok(reader) => reader,
+            Err(TryLockError::WouldBlock) => return None,
+            Err(TryLockError::Poisoned(_)) => {
+                // Nothing of ours panics while it leads. If something does, the connection is
+                // done for: what had arrived is half dealt out.
+                self.end(End::Failed(ErrorKind::Other, None));
+                return None;
+            }
+        };
+        Some(Lead {
+            inbox: self,
+            reader: Some(reader),
+        })
+    }
+
+    /// Has the socket watched for amiquip's thread.
+    fn watch(&self) {
+        self.watching.store(true, Ordering::Release);
+        self.rearm(Ready::readable());
+    }
+
+    fn rearm(&self, interest: Ready) {
+        let opts = PollOpt::level() | PollOpt::oneshot();
+        let fd = self.watched.as_raw_fd();
+        if let Err(error) = self
+            .watch
+            .reregister(&EventedFd(&fd), Token(0), interest, opts)
+        {
+            log::warn!("cannot watch a socket ({error}); closing it");
+            self.transport.shut_down();
+        }
+    }
+
+    /// Stands in for a leader, if there is none and the socket has something. Called by amiquip's
+    /// I/O thread.
+    pub fn stand_in(&self) {
+        let Some(mut lead) = self.try_read() else {
+            return; // whoever leads has the socket watched again afterwards
+        };
+        // Only now does it hold that what is there to read stays there.
+        let fired = self
+            .watch
+            .poll(&mut Events::with_capacity(1), Some(Duration::ZERO));
+        if matches!(fired, Ok(count) if count > 0) {
+            let _ = lead.read(READ_TIME_MAX, |arrival| self.sink.take(arrival));
+            drop(lead);
+            self.sink.done();
+        } else {
+            // The watch has not fired, so it still holds.
+            lead.reader = None;
+        }
+    }
+
+    /// What amiquip is to read; as of [`io::Read::read`].
+    pub fn read_feed(&self, out: &mut [u8]) -> io::Result<usize> {
+        let mut feed = self.feed();
+        let left = &feed.bytes[feed.read..];
+        if !left.is_empty() {
+            let len = left.len().min(out.len());
+            out[..len].copy_from_slice(&left[..len]);
+            feed.read += len;
+            if feed.read == feed.bytes.len() {
+                feed.bytes.clear();
+                feed.read = 0;
+            }
+            return Ok(len);
+        }
+        match feed.end {
+            None => Err(ErrorKind::WouldBlock.into()),
+            Some(End::Closed) => Ok(0),
+            Some(End::Failed(_, Some(code))) => Err(io::Error::from_raw_os_error(code)),
+            Some(End::Failed(kind, None)) => Err(kind.into()),
+        }
+    }
+
+    fn end(&self, end: End) {
+        self.feed().end.get_or_insert(end);
+        self.call_amiquip();
+    }
+
+    fn call_amiquip(&self) {
+        // Each call is an event of its own, whatever the readiness was before.
+        if let Err(error) = self
+            .call
+            .set_readiness(Ready::readable() | Ready::writable())
+        {
+            log::warn!("cannot wake the I/O thread: {error}");
+        }
+    }
+
+    fn feed(&self) -> MutexGuard<'_, Feed> {
+        self.feed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Evented for Inbox {
+    fn register(
+        &self,
+        poll: &Poll,
+        token: Token,
+        interest: Ready,
+        opts: PollOpt,
+    ) -> io::Result<()> {
+        self.registration.register(poll, token, interest, opts)?;
+        // A poll is itself something that can be polled.
+        EventedFd(&self.watch.as_raw_fd()).register(poll, token, Ready::readable(), opts)?;
+        // There is always room to write: see `Stream::write`.
+        self.call_amiquip();
+        Ok(())
+    }
+
+    fn reregister(
+        &self,
+        poll: &Poll,
+        token: Token,
+        interest: Ready,
+        opts: PollOpt,
+    ) -> io::Result<()> {
+        // Fires again whatever it is interested in and ready for.
+        self.registration.reregister(poll, token, interest, opts)
+    }
+
+    fn deregister(&self, poll: &Poll) -> io::Result<()> {
+        EventedFd(&self.watch.as_raw_fd()).deregister(poll)?;
+        poll.deregister(&self.registration)
+    }
+}
+
+/// The right to read the socket, and the duty to deal out what arrives.
+pub(crate) struct Lead<'a> {
+    inbox: &'a Inbox,
+    /// `None` only while being dropped.
+    reader: Option<MutexGuard<'a, Reader>>,
+}
+
+impl Drop for Lead<'_> {
+    fn drop(&mut self) {
+        if self.reader.take().is_some() {
+            // In this order: if amiquip's thread looked while we still led, it would leave again,
+            // and nobody would watch.
+            self.inbox.watch();
+        }
+    }
+}
+
+impl Lead<'_> {
+    /// Waits for something to arrive, for about `time` and never much longer than
+    /// [`READ_TIME_MAX`], and deals it out. Nothing may arrive.
+    ///
+    /// # Errors
+    ///
+    /// The connection is dead.
+    pub fn read(&mut self, time: Duration, mut take: impl FnMut(Arrival)) -> Result<(), Down> {
+        let inbox = self.inbox;
+        let Some(reader) = self.reader.as_deref_mut() else {
+            return Err(Down);
+        };
+        let result = reader
+            .set_read_time(&inbox.transport, time)
+            .and_then(|()| reader.fill(&inbox.transport));
+        match result {
+            Ok(0) => {
+                inbox.end(End::Closed);
+                return Err(Down);
+            }
+            Ok(_) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                ) =>
+            {
+                return Ok(());
+            }
+            Err(error) => {
+                inbox.end(End::Failed(error.kind(), error.raw_os_error()));
+                return Err(Down);
+            }
+        }
+        reader.deal_out(inbox, &mut take)
+    }
+}
+
+impl Reader {
+    /// Has a read block for about `time`. As it costs a system call, it is left as it is while
+    /// that will do.
+    fn set_read_time(&mut self, transport: &Transport, time: Duration) -> io::Result<()> {
+        let time = time.clamp(Duration::from_millis(1), READ_TIME_MAX);
+        if self.read_time > time || self.read_time < time / 2 {
+            transport.socket().set_read_timeout(Some(time))?;
+            self.read_time = time;
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self, transport: &Transport) -> io::Result<usize> {
+        if self.filled == 0 && self.bytes.len() > BUFFER_KEPT_MAX {
+            self.bytes = Vec::new();
+        }
+        if self.bytes.len() < self.filled + READ_LEN {
+            self.bytes.resize(self.filled + READ_LEN, 0);
+        }
+        let len = transport.read(&mut self.bytes[self.filled..])?;
+        self.filled += len;
+        Ok(len)
+    }
+
+    /// Deals out all whole frames.
+    ///
+    /// # Errors
+    ///
+    /// The connection is dead: one of them was malformed.
+    fn deal_out(&mut self, inbox: &Inbox, take: &mut impl FnMut(Arrival)) -> Result<(), Down> {
+        let mut at = 0;
+        let mut fed = false;
+        while !self.foreign {
+            let bytes = &self.bytes[at..self.filled];
+            let frame = match frame_len(bytes) {
+                Ok(Some(len)) if len <= bytes.len() => &bytes[..len],
+                Ok(_) => break,
+                Err(Malformed) => {
+                    self.foreign = true;
+                    break;
+                }
+            };
+            let Ok(taken) = self.assembler.take(frame) else {
+                inbox.end(End::Failed(ErrorKind::InvalidData, None));
+                return Err(Down);
+            };
+            if taken.pass_on {
+                inbox.feed().bytes.extend_from_slice(frame);
+                fed = true;
+            }
+            if let Some(arrival) = taken.arrival {
+                take(arrival);
+            }
+            at += frame.len();
+        }
+        let now = Instant::now();
+        if self.foreign {
+            inbox
+                .feed()
+                .bytes
+                .extend_from_slice(&self.bytes[at..self.filled]);
+            at = self.filled;
+            fed = true;
+        } else if !fed && now.duration_since(self.life_sign) >= LIFE_SIGN_INTERVAL {
+            inbox.feed().bytes.extend_from_slice(&HEARTBEAT_FRAME);
+            fed = true;
+        }
+        self.bytes.copy_within(at..self.filled, 0);
+        self.filled -= at;
+        if fed {
+            self.life_sign = now;
+            inbox.call_amiquip();
+        }
+        Ok(())
+    }
+}
