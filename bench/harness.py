@@ -1,0 +1,209 @@
+"""What the benchmarks share: peers and fibrpc as servers and clients, CPU time, medians, tables."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / "bench" / "peers"
+BUILT = ROOT / "target" / "bench-peers"
+FIBRPC = ROOT / "target" / "release" / "fibrpc"
+URL = os.environ.get("AMQP_URL") or sys.exit("run this with: scripts/broker with-broker ... (see the Makefile)")
+TICK_US = 1_000_000 / os.sysconf("SC_CLK_TCK")
+
+# No run takes longer than this, whatever happens to it.
+RUN_SECONDS_MAX = 300
+
+
+def say(*words):
+    """Tells the person who waits; the tables alone go to stdout."""
+    print(*words, file=sys.stderr, flush=True)
+
+
+class Missing(Exception):
+    """A peer cannot be installed or built here."""
+
+
+def command(*words, **options):
+    """Runs a build step quietly; what it said is the reason if it fails."""
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    except OSError as error:
+        raise Missing(str(error)) from None
+    if done.returncode:
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        raise Missing(f"{' '.join(map(str, words[:3]))}: {last}")
+    return done.stdout
+
+
+def apt(needed, *packages):
+    """Installs Debian packages unless what is `needed`, a command or a header, is there."""
+    if shutil.which(needed) or Path("/usr/include", needed).exists() or Path("/usr/share", needed).exists():
+        return
+    if not shutil.which("apt-get"):
+        raise Missing(f"needs {needed}")
+    say(f"installing {' '.join(packages)} (apt-get), this happens once ...")
+    root = [] if os.getuid() == 0 else ["sudo"]
+    command(*root, "apt-get", "update", "-qq")
+    quiet = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-qq", "--no-install-recommends"]
+    command(*root, *quiet, "-o", "DPkg::Lock::Timeout=300", *packages)
+
+
+def build_librabbitmq():
+    apt("gcc", "gcc", "libc6-dev")
+    apt("amqp.h", "librabbitmq-dev")
+    command("gcc", "-O2", "-o", BUILT / "librabbitmq", PEERS / "librabbitmq" / "peer.c", "-lrabbitmq")
+    return [BUILT / "librabbitmq"]
+
+
+def build_cargo(name):
+    manifest = PEERS / name / "Cargo.toml"
+    command("cargo", "build", "--release", "--locked", "--manifest-path", manifest, "--target-dir", BUILT / name)
+    return [BUILT / name / "release" / f"peer-{name}"]
+
+
+def build_go():
+    apt("go", "golang-go")
+    apt("gocode/src/github.com/rabbitmq/amqp091-go", "golang-github-rabbitmq-amqp091-go-dev")
+    build = {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode", "GOCACHE": str(BUILT / "go-cache")}
+    command("go", "build", "-o", BUILT / "go", PEERS / "go" / "peer.go", env={**os.environ, **build})
+    return [BUILT / "go"]
+
+
+def build_node():
+    apt("node", "nodejs")
+    apt("npm", "npm")
+    folder = BUILT / "node"
+    folder.mkdir(exist_ok=True)
+    for name in ["package.json", "package-lock.json", "peer.js", "tutorial_client.js"]:
+        shutil.copy(PEERS / "node" / name, folder)
+    if not (folder / "node_modules" / "amqplib").exists():
+        command("npm", "ci", "--silent", "--no-audit", "--no-fund", cwd=folder)
+    return ["node", folder / "peer.js"]
+
+
+def build_pika():
+    return [sys.executable, PEERS / "pika" / "peer.py"]
+
+
+PEER_BUILDS = {
+    "C librabbitmq": build_librabbitmq,
+    "Rust amiquip, bare": lambda: build_cargo("amiquip"),
+    "Rust lapin on tokio": lambda: build_cargo("lapin"),
+    "Go amqp091": build_go,
+    "JavaScript amqplib": build_node,
+    "Python pika": build_pika,
+}
+
+
+def build_peers():
+    """The peers' commands by name, and why others are missing."""
+    BUILT.mkdir(parents=True, exist_ok=True)
+    peers, missing = {}, {}
+    for name, build in PEER_BUILDS.items():
+        say(f"building {name} ...")
+        try:
+            peers[name] = [str(word) for word in build()]
+        except Missing as reason:
+            missing[name] = str(reason)
+            say(f"{name} is missing: {reason}")
+    return peers, missing
+
+
+def broker_pid():
+    """The process id of the broker's Erlang VM, if it is ours."""
+    done = subprocess.run([ROOT / "scripts" / "broker", "pid"], capture_output=True, text=True)
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+def cpu_us(pids):
+    """User plus system time of the processes and their living children, in microseconds."""
+    total, family = 0, set(pids)
+    stats = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        stats[int(path.parent.name)] = (int(fields[1]), int(fields[11]) + int(fields[12]))
+    for pid, (parent, ticks) in sorted(stats.items()):
+        if pid in family or parent in family:
+            family.add(pid)
+            total += ticks
+    return total * TICK_US
+
+
+class Server:
+    """A running server; ends with the `with` block."""
+
+    def __init__(self, words, ready):
+        self.process = subprocess.Popen(
+            list(map(str, words)), stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        line = self.process.stdout.readline()
+        if ready not in line:
+            raise SystemExit(f"{words[0]} is not ready: {line!r}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def run_client(words):
+    """Runs a client to its end; gives its stdout, its CPU time in us and its peak memory in KiB."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, timeout=RUN_SECONDS_MAX)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{words[0]} failed: {done.stdout}")
+    spent = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1e6
+    return done.stdout, spent
+
+
+def fibrpc_server(queue, workers, *options):
+    words = [FIBRPC, "server", "--url", URL, "--queue", queue, "--workers", workers, "--quiet", *options]
+    return Server(words, "Awaiting")
+
+
+def fibrpc_bench(queue, requests, in_flight, *options):
+    """Runs `fibrpc bench`; gives its JSON and its CPU time in us."""
+    words = [FIBRPC, "bench", "--url", URL, "--queue", queue, "--requests", requests, "--concurrency", in_flight]
+    words += ["--warmup", requests // 10 + 1, "--output", "json", *options]
+    stdout, spent = run_client(words)
+    return json.loads(stdout), spent
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def table(header, rows):
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def thousands(value):
+    return f"{value:,.0f}"
+
+
+def machine():
+    """One line on where this ran."""
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    status = subprocess.run([FIBRPC, "--version"], capture_output=True, text=True).stdout.strip()
+    return f"{status}, {os.cpu_count()} cores ({cpu.group(1) if cpu else 'unknown'}), {time.strftime('%Y-%m-%d')}"
