@@ -9,7 +9,7 @@ CHAOS_SEED    ?= 42
 ROUNDS        ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos compare lint build install broker clean
+.PHONY: help demo test chaos compare scaling lint build install broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=6
 compare: build ## fibrpc beside other libraries in C, Rust, Go, JavaScript, Python: medians of ROUNDS=5
 	@scripts/peers
 	@ROUNDS=$(ROUNDS) scripts/broker with-broker target/peers/bin/python bench/compare.py
+
+scaling: build ## rates against workers, prefetch, calls in flight, queue types; draws docs/scaling.svg
+	@scripts/peers matplotlib
+	@ROUNDS=$(ROUNDS) scripts/broker with-broker target/peers/bin/python bench/scaling.py
 
 lint: ## formatting, clippy, documentation, shell scripts; warnings are errors
 	$(CARGO) fmt --check

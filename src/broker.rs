@@ -5,7 +5,7 @@
 //! the round trip returns with an error.
 
 use crate::error::{Error, QueueStatus};
-use crate::inbox::{Inbox, Sink};
+use crate::inbox::{Inbox, Nowhere, Sink};
 use crate::socket::{self, Never, Opened, Outbox, Transport};
 use amiquip::{
     AmqpValue, Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
@@ -534,6 +534,59 @@ pub(crate) fn queue_status(
     }
 }
 
+/// What a broker says of itself and of a request queue.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Status {
+    /// The product and its version, such as `RabbitMQ 3.10.8`.
+    pub broker: String,
+    /// The name of the cluster, which unless configured is that of its first node.
+    pub node: String,
+    /// The connection's name in the broker's own list: our address, and its.
+    pub connection: String,
+    /// The request queue; `None` if it does not exist.
+    pub queue: Option<QueueStatus>,
+    /// How long the broker takes to answer.
+    pub round_trip: Duration,
+}
+
+impl Status {
+    /// Asks the first of the brokers that answers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unreachable`] if none does within `timeout`; [`Error::QueueRefused`] if we may not
+    /// know of the queue; [`Error::ConnectionLost`].
+    pub fn of(endpoints: &Endpoints, queue: &str, timeout: Duration) -> Result<Status, Error> {
+        let deadline = Instant::now() + timeout;
+        let mut connection =
+            Connection::open(endpoints, "status", deadline, &|| Box::new(Nowhere))?;
+        let _fuse = connection.outbox.fuse(time_left(deadline));
+        let began = Instant::now();
+        let channel = connection
+            .open_channel()
+            .map_err(|error| on_queue(queue, &error))?;
+        let round_trip = began.elapsed();
+        let status = queue_status(&mut connection, queue)?;
+        drop(channel);
+        let properties = connection
+            .inner
+            .as_ref()
+            .map(|inner| inner.server_properties());
+        let property = |name: &str| match properties.and_then(|all| all.get(name)) {
+            Some(AmqpValue::LongString(value)) => value.clone(),
+            _ => "unknown".to_owned(),
+        };
+        Ok(Status {
+            broker: format!("{} {}", property("product"), property("version")),
+            node: property("cluster_name"),
+            connection: connection.name.clone(),
+            queue: status,
+            round_trip,
+        })
+    }
+}
+
 fn code(error: &amiquip::Error) -> Option<u16> {
     match error {
         amiquip::Error::ServerClosedConnection { code, .. }
@@ -589,7 +642,6 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inbox::Nowhere;
 
     fn one(url: &str) -> Endpoint {
         let Endpoints(mut endpoints) = url.parse().unwrap_or_else(|e| panic!("{url}: {e}"));

@@ -1,79 +1,272 @@
-//! `fibrpc call`: asks for numbers, and prints the answers in the order of the arguments.
+//! `fibrpc call`: asks for numbers, and prints the answers in the order of the questions.
 
-use crate::cli::{CallArgs, Global, Output};
+use crate::cli::{CallArgs, Global, Numbers, Output};
+use crate::numbers::{Next, Source};
 use crate::output::Lines;
-use crate::{INTERRUPTED, class, on_first_signal, print_hint};
-use anyhow::Context;
-use fibrpc::{Answer, Client, Error, RemoteError};
+use crate::{INTERRUPTED, USAGE, class, on_first_signal, print_hint};
+use crossbeam_channel::bounded;
+use fibrpc::{Answer, Calls, Client, Error, RemoteError};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use std::io;
+use std::collections::VecDeque;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::str;
+use std::time::{Duration, Instant};
+
+/// How long to wait for an answer before looking for another number, while there may be one.
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+
+/// How often the progress bar moves.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// A time that does not come.
+const FAR_FUTURE: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// Runs the command; the exit code is that of the first failure.
-pub fn call(args: &CallArgs, global: &Global) -> anyhow::Result<ExitCode> {
+pub fn call(args: CallArgs, global: &Global) -> anyhow::Result<ExitCode> {
     let client = Client::new(args.config(global)?)?;
+    let (running, interrupt) = bounded(0);
     let interrupted = client.clone();
-    on_first_signal(move || interrupted.close())?;
-    let lines = Lines::start()?;
-    let requests = args.numbers.iter().map(i128::to_string);
-    let mut answers = client.call_many(requests, args.concurrency.get());
-    let mut first_failure = None;
-    for &n in &args.numbers {
-        if args.output == Output::Text {
-            lines.print(&format!(" [x] Requesting fib({n})"))?;
+    on_first_signal(move || {
+        interrupted.close();
+        drop(running);
+    })?;
+    let (source, total) = match args.numbers()? {
+        Numbers::Given(numbers) => {
+            let total = numbers.len() as u64;
+            (Source::given(numbers), Some(total))
         }
-        let answer = answers.next().context("a call has no answer")?;
-        if let Err(error) = report(n, &answer, args.output, &lines)? {
-            first_failure.get_or_insert(class(&error).1);
-        }
-        if client.is_closed() {
-            break;
-        }
-    }
-    lines.finish()?;
+        Numbers::Stdin => (Source::lines(io::stdin(), interrupt)?, None),
+    };
+    let run = Run {
+        source,
+        calls: client.calls(),
+        window: args.concurrency.get(),
+        open: VecDeque::new(),
+        taken: 0,
+        printer: Printer {
+            output: args.output,
+            lines: Lines::start()?,
+            first_failure: None,
+            progress: progress(total),
+            progressed: Instant::now(),
+        },
+    };
+    let first_failure = run.run(&client)?;
     if client.is_closed() {
         return Ok(ExitCode::from(INTERRUPTED));
     }
     Ok(first_failure.map_or(ExitCode::SUCCESS, ExitCode::from))
 }
 
-/// Prints how one call ended; returns the error if it failed.
-fn report(
-    n: i128,
-    answer: &Answer<u64>,
+/// The calls under way, in the order of their questions.
+struct Run<'c> {
+    source: Source,
+    calls: Calls<'c, u64>,
+    window: usize,
+    /// Questions taken and answers not yet printed, the next to print first.
+    open: VecDeque<Open>,
+    /// How many questions have been taken: the key of the next.
+    taken: u64,
+    printer: Printer,
+}
+
+/// A question, and what came of it.
+enum Open {
+    Waiting(i128),
+    Done(i128, Answer<u64>),
+    /// Not a question: where it stands, and why.
+    Bad(String),
+}
+
+impl Run<'_> {
+    /// Runs to the end of the questions, or until the client is closed. Returns the exit code of
+    /// the first failure, in the order of the questions.
+    fn run(mut self, client: &Client) -> io::Result<Option<u8>> {
+        let mut ended = false;
+        // Whether the question at the head has been announced.
+        let mut announced = false;
+        while !client.is_closed() {
+            while !ended && self.open.len() < self.window {
+                // With nothing under way, there is nothing else to wait for.
+                match self.source.next(self.open.is_empty()) {
+                    Next::Number(n) => {
+                        self.calls.submit(self.taken, n.to_string().as_bytes());
+                        self.open.push_back(Open::Waiting(n));
+                    }
+                    Next::Bad(reason) => self.open.push_back(Open::Bad(reason)),
+                    Next::Later => break,
+                    Next::End => {
+                        ended = true;
+                        break;
+                    }
+                }
+                self.taken += 1;
+            }
+            while let Some(head) = self.open.front() {
+                match head {
+                    Open::Waiting(n) if !announced => {
+                        self.printer.question(*n)?;
+                        announced = true;
+                        break;
+                    }
+                    Open::Waiting(_) => break,
+                    Open::Done(n, answer) => {
+                        if !announced {
+                            self.printer.question(*n)?;
+                        }
+                        self.printer.answer(*n, answer)?;
+                    }
+                    Open::Bad(reason) => self.printer.bad(reason)?,
+                }
+                announced = false;
+                self.open.pop_front();
+            }
+            if self.open.is_empty() {
+                if ended {
+                    break;
+                }
+                continue;
+            }
+            let wait = if ended || self.open.len() >= self.window {
+                FAR_FUTURE
+            } else {
+                LOOK_INTERVAL
+            };
+            if let Some(answer) = self.calls.next_before(Instant::now() + wait) {
+                self.file(answer);
+            }
+        }
+        if client.is_closed() {
+            self.printer.interrupted(self.open.len())?;
+        }
+        self.printer.finish()
+    }
+
+    /// Puts an answer to its question.
+    fn file(&mut self, answer: Answer<u64>) {
+        // The keys of the open ones are `taken - open.len() .. taken`.
+        let index = answer.key + self.open.len() as u64 - self.taken;
+        if let Ok(index) = usize::try_from(index)
+            && let Some(Open::Waiting(n)) = self.open.get(index)
+        {
+            self.open[index] = Open::Done(*n, answer);
+        }
+    }
+}
+
+/// Prints, and remembers how the first failure is to be reported.
+struct Printer {
     output: Output,
-    lines: &Lines,
-) -> io::Result<Result<(), Error>> {
-    let result = answer.result.clone().and_then(|body| decimal(&body));
-    match (&result, output) {
-        (_, Output::Json) => {
-            let line = JsonLine {
-                n,
+    lines: Lines,
+    first_failure: Option<u8>,
+    progress: ProgressBar,
+    progressed: Instant,
+}
+
+impl Printer {
+    fn question(&self, n: i128) -> io::Result<()> {
+        match self.output {
+            Output::Text => self.lines.print(&format!(" [x] Requesting fib({n})")),
+            Output::Raw | Output::Json => Ok(()),
+        }
+    }
+
+    fn answer(&mut self, n: i128, answer: &Answer<u64>) -> io::Result<()> {
+        let result = answer.result.clone().and_then(|body| decimal(&body));
+        match (&result, self.output) {
+            (_, Output::Json) => self.json(&JsonLine {
+                n: Some(n),
                 result: result.as_deref().ok(),
                 error: result.as_ref().err().map(|error| JsonError {
                     kind: class(error).0,
                     message: error.to_string(),
                 }),
                 latency_ms: answer.latency.as_micros() as f64 / 1000.0,
-            };
-            lines.print(&serde_json::to_string(&line)?)?;
+            })?,
+            (Ok(number), Output::Text) => self.lines.print(&format!(" [.] Got {number}"))?,
+            (Ok(number), Output::Raw) => self.lines.print(number)?,
+            (Err(error), Output::Text | Output::Raw) => {
+                self.complain(&format!("fib({n}): {error}"))?;
+                print_hint(error);
+            }
         }
-        (Ok(number), Output::Text) => lines.print(&format!(" [.] Got {number}"))?,
-        (Ok(number), Output::Raw) => lines.print(number)?,
-        (Err(error), Output::Text | Output::Raw) => {
-            // So that on a terminal the two come in order.
-            lines.flush()?;
-            eprintln!("error: fib({n}): {error}");
-            print_hint(error);
+        if let Err(error) = result {
+            self.first_failure.get_or_insert(class(&error).1);
+        }
+        self.step();
+        Ok(())
+    }
+
+    fn bad(&mut self, reason: &str) -> io::Result<()> {
+        match self.output {
+            Output::Json => self.json(&JsonLine {
+                n: None,
+                result: None,
+                error: Some(JsonError {
+                    kind: "usage",
+                    message: reason.to_owned(),
+                }),
+                latency_ms: 0.0,
+            })?,
+            Output::Text | Output::Raw => self.complain(reason)?,
+        }
+        self.first_failure.get_or_insert(USAGE);
+        self.step();
+        Ok(())
+    }
+
+    fn interrupted(&self, unanswered: usize) -> io::Result<()> {
+        self.complain(&format!("interrupted; {unanswered} calls were not answered"))
+    }
+
+    fn json(&self, line: &JsonLine<'_>) -> io::Result<()> {
+        self.lines.print(&serde_json::to_string(line)?)
+    }
+
+    fn complain(&self, what: &str) -> io::Result<()> {
+        // So that on a terminal the two come in order.
+        self.lines.flush()?;
+        self.progress.suspend(|| eprintln!("error: {what}"));
+        Ok(())
+    }
+
+    fn step(&mut self) {
+        self.progress.inc(1);
+        if self.progressed.elapsed() >= PROGRESS_INTERVAL {
+            self.progressed = Instant::now();
+            self.progress.tick();
         }
     }
-    Ok(result.map(drop))
+
+    fn finish(self) -> io::Result<Option<u8>> {
+        self.lines.finish()?;
+        self.progress.finish_and_clear();
+        Ok(self.first_failure)
+    }
+}
+
+/// A bar on stderr, for who looks at it while the answers go elsewhere. How much is to come is not
+/// known of what is read from stdin.
+fn progress(total: Option<u64>) -> ProgressBar {
+    if io::stdout().is_terminal() || !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let (bar, template) = match total {
+        Some(total) => (ProgressBar::new(total), "{wide_bar} {pos}/{len}  {per_sec}"),
+        None => (
+            ProgressBar::no_length(),
+            "{spinner} {pos} answered  {per_sec}",
+        ),
+    };
+    bar.with_style(ProgressStyle::with_template(template).expect("a template that is constant"))
 }
 
 #[derive(Serialize)]
 struct JsonLine<'a> {
-    n: i128,
+    /// None of a line that is no number.
+    n: Option<i128>,
     #[serde(skip_serializing_if = "Option::is_none")]
     result: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]

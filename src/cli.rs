@@ -1,15 +1,20 @@
 //! The command line: what may be typed, and the plain values that come of it.
 
 use crate::bench::{Length, Pace, Plan};
+use crate::numbers;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use fibrpc::{ClientConfig, Endpoints, QueueType, ReplyTo, ServerConfig, fib};
+use std::io::Write as _;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
 use std::time::Duration;
+use std::{fs, io};
 
 /// Synchronous RPC over RabbitMQ: the tutorial's Fibonacci server and its client
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100, after_help = EXAMPLES)]
+#[command(version = VERSION, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -18,15 +23,20 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// With the commit, if it was built in the repository.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), env!("FIBRPC_COMMIT"));
+
 const EXAMPLES: &str = "\
 Examples:
   fibrpc server --workers 4          answer requests, four at a time
   fibrpc call 30                     ask for one number
   fibrpc call --output raw 1 2 3     ask for several, print the numbers alone
+  seq 1000 | fibrpc call -           ask for as many as there are lines
   fibrpc call --timeout 2s 40        give up after two seconds
+  fibrpc status                      is there a broker, and a server?
   fibrpc bench --duration 10s        how fast is it?
 
-Exit codes of `call` (the first failure's):
+Exit codes (of `call`, the first failure's):
   0 answered   2 usage   3 the server answered with an error   4 timeout   5 no request queue
   6 no broker, or refused   7 connection lost (with --no-retry)   130 interrupted";
 
@@ -43,6 +53,11 @@ pub struct Global {
         global = true
     )]
     pub url: Option<String>,
+
+    /// A file that holds the URL, instead of --url: no password on the command line or in the
+    /// environment
+    #[arg(long, value_name = "FILE", global = true)]
+    pub url_file: Option<PathBuf>,
 
     /// The request queue
     #[arg(
@@ -67,6 +82,27 @@ pub enum Command {
     Call(CallArgs),
     /// Measure: many calls, every answer checked
     Bench(BenchArgs),
+    /// Tell about the broker, the queue and its servers; exit code 0 if there is a server
+    Status(StatusArgs),
+    /// Print a script that completes command lines, for a shell to read
+    Completions {
+        /// Whose
+        shell: Shell,
+    },
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// How long it may take
+    #[arg(long, value_name = "DUR", default_value = "10s", value_parser = duration)]
+    pub timeout: Duration,
+
+    /// What to print
+    #[arg(long, value_enum, default_value_t = ReportKind::Text)]
+    pub output: ReportKind,
 }
 
 #[derive(Debug, Args)]
@@ -106,9 +142,9 @@ pub struct ServerArgs {
 
 #[derive(Debug, Args)]
 pub struct CallArgs {
-    /// The numbers to ask for
+    /// The numbers to ask for; or `-` to read them from stdin, one a line
     #[arg(value_name = "N", required = true, allow_negative_numbers = true, value_parser = number)]
-    pub numbers: Vec<i128>,
+    numbers: Vec<Option<i128>>,
 
     /// How long each call may take, everything included: connect, send, wait, reconnect
     #[arg(long, value_name = "DUR", default_value = "30s", value_parser = duration)]
@@ -234,10 +270,17 @@ pub struct ServerPlan {
 }
 
 impl Global {
-    fn endpoints(&self) -> Result<Endpoints, clap::Error> {
-        match &self.url {
+    pub fn endpoints(&self) -> Result<Endpoints, clap::Error> {
+        let url = match &self.url_file {
+            Some(file) => Some(
+                fs::read_to_string(file)
+                    .map_err(|error| usage(format!("--url-file {}: {error}", file.display())))?,
+            ),
+            None => self.url.clone(),
+        };
+        match url {
             None => Ok(Endpoints::default()),
-            Some(url) => url.parse().map_err(usage),
+            Some(url) => url.trim().parse().map_err(usage),
         }
     }
 }
@@ -320,7 +363,25 @@ impl BenchArgs {
     }
 }
 
+/// What to ask for.
+pub enum Numbers {
+    Given(Vec<i128>),
+    Stdin,
+}
+
 impl CallArgs {
+    pub fn numbers(&self) -> Result<Numbers, clap::Error> {
+        match &self.numbers[..] {
+            [None] => Ok(Numbers::Stdin),
+            numbers => numbers
+                .iter()
+                .copied()
+                .collect::<Option<_>>()
+                .map(Numbers::Given)
+                .ok_or_else(|| usage("'-' reads all numbers from stdin; give it alone")),
+        }
+    }
+
     pub fn config(&self, global: &Global) -> Result<ClientConfig, clap::Error> {
         let mut config = client_config(global, self.reply_to, self.timeout)?;
         config.retry = !self.no_retry;
@@ -334,10 +395,38 @@ pub fn usage(message: impl std::fmt::Display) -> clap::Error {
     Cli::command().error(ErrorKind::ValueValidation, message)
 }
 
-/// Which numbers a server accepts is for the server to say; this is about what a number is.
-fn number(text: &str) -> Result<i128, String> {
-    text.parse()
-        .map_err(|_| "expected a decimal integer".to_owned())
+/// A number, or `None` for `-`.
+fn number(text: &str) -> Result<Option<i128>, String> {
+    match text {
+        "-" => Ok(None),
+        text => numbers::parse(text).map(Some),
+    }
+}
+
+/// Prints the completions of a shell, or the manual page.
+pub fn print_completions(shell: Shell) {
+    clap_complete::generate(shell, &mut Cli::command(), "fibrpc", &mut io::stdout());
+}
+
+/// Prints the manual page, and those of the subcommands after it.
+pub fn print_man() -> io::Result<()> {
+    let mut command = Cli::command();
+    command.build();
+    let subcommands: Vec<_> = command
+        .get_subcommands()
+        .filter(|sub| !sub.is_hide_set() && sub.get_name() != "help")
+        .cloned()
+        .collect();
+    let mut out = io::stdout().lock();
+    let man = clap_mangen::Man::new(command);
+    man.render(&mut out)?;
+    for subcommand in subcommands {
+        let man = clap_mangen::Man::new(subcommand.clone());
+        writeln!(out, ".SH \"fibrpc {}\"", subcommand.get_name())?;
+        man.render_description_section(&mut out)?;
+        man.render_options_section(&mut out)?;
+    }
+    Ok(())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -102,7 +102,7 @@ pub enum WaitingFor {
 }
 
 /// A queue's consumers and its messages that wait for one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct QueueStatus {
     /// How many consumers the queue has.
     pub consumers: u32,

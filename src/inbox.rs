@@ -43,11 +43,9 @@ pub(crate) trait Sink: Send + Sync {
     fn done(&self);
 }
 
-/// Takes nothing in.
-#[cfg(test)]
+/// For a connection on which nothing is consumed.
 pub(crate) struct Nowhere;
 
-#[cfg(test)]
 impl Sink for Nowhere {
     fn take(&self, _: Arrival) {}
     fn done(&self) {}

@@ -52,7 +52,7 @@ mod server;
 mod socket;
 mod wire;
 
-pub use broker::{Endpoints, QueueType};
+pub use broker::{Endpoints, QueueType, Status};
 pub use client::{Answer, CallMany, Calls, Client, ClientConfig, ClientStats, ReplyTo};
 pub use error::{Error, QueueStatus, WaitingFor};
 pub use server::{Request, Server, ServerConfig, ServerStats};

@@ -4,7 +4,9 @@
 mod bench;
 mod call;
 mod cli;
+mod numbers;
 mod output;
+mod status;
 
 use anyhow::Context;
 use clap::Parser;
@@ -19,6 +21,12 @@ use std::process::{self, ExitCode};
 use std::sync::{Arc, Once};
 use std::{env, thread};
 
+/// The exit code for arguments and input that cannot be used; clap's, too.
+const USAGE: u8 = 2;
+
+/// The exit code when nobody serves the request queue.
+const NO_SERVER: u8 = 5;
+
 /// The exit code after an interrupt, as shells report it: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
 
@@ -27,8 +35,16 @@ fn main() -> ExitCode {
     start_logging(cli.global.verbose);
     let done = match cli.command {
         Command::Server(args) => server(args, &cli.global),
-        Command::Call(args) => call::call(&args, &cli.global),
+        Command::Call(args) => call::call(args, &cli.global),
         Command::Bench(args) => bench::bench(&args, &cli.global),
+        Command::Status(args) => status::status(&args, &cli.global),
+        Command::Completions { shell } => {
+            cli::print_completions(shell);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Man => cli::print_man()
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(Into::into),
     };
     done.unwrap_or_else(|error| fail(&error))
 }
@@ -57,10 +73,10 @@ fn fail(error: &anyhow::Error) -> ExitCode {
 /// An error's kind, for programs that read our JSON, and the exit code for it.
 fn class(error: &Error) -> (&'static str, u8) {
     match error {
-        Error::InvalidUrl(_) | Error::InvalidArgument(_) => ("usage", 2),
+        Error::InvalidUrl(_) | Error::InvalidArgument(_) => ("usage", USAGE),
         Error::Remote(_) => ("remote", 3),
         Error::Timeout { .. } | Error::DrainTimeout { .. } => ("timeout", 4),
-        Error::NoServer { .. } => ("no-server", 5),
+        Error::NoServer { .. } => ("no-server", NO_SERVER),
         Error::Unreachable { .. } | Error::QueueRefused { .. } => ("unreachable", 6),
         Error::ConnectionLost { .. } => ("connection-lost", 7),
         Error::Closed => ("interrupted", INTERRUPTED),

@@ -240,6 +240,8 @@ struct OutboxState {
     spare: Vec<u8>,
     /// Whether a thread is writing; it goes on until the queue is empty.
     writing: bool,
+    /// How many threads wait for room. Waking none would still be a system call.
+    waiting: usize,
     /// Whether the connection is dead.
     down: bool,
 }
@@ -308,11 +310,13 @@ impl Outbox {
             }
             // `wait_timeout` overflows on very long waits; an hour at a time is as good.
             let left = left.min(Duration::from_secs(3600));
+            state.waiting += 1;
             state = self
                 .room
                 .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
+            state.waiting -= 1;
         }
         self.push(state, encode).map_err(|Down| NotSent::Down)
     }
@@ -371,7 +375,7 @@ impl Outbox {
             return Err(Down);
         }
         encode(&mut state.queue);
-        if !state.writing && !self.stalled.load(Ordering::Acquire) {
+        if !state.queue.is_empty() && !state.writing && !self.stalled.load(Ordering::Acquire) {
             state.writing = true;
             self.write_out(state);
         }
@@ -411,7 +415,7 @@ impl Outbox {
             }
         }
         state.writing = false;
-        if state.queue.len() < BACKLOG_MAX {
+        if state.waiting > 0 && state.queue.len() < BACKLOG_MAX {
             self.room.notify_all();
         }
     }
