@@ -7,6 +7,8 @@
 use crate::error::{Error, QueueStatus};
 use crate::inbox::{Inbox, Nowhere, Sink};
 use crate::socket::{self, Never, Opened, Outbox, Transport};
+#[cfg(feature = "tls")]
+use crate::tls::{TlsOptions, TlsStream};
 use amiquip::{
     AmqpValue, Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
     FieldTable, QueueDeclareOptions,
@@ -46,33 +48,65 @@ mod reply_code {
 ///
 /// Everything but the scheme may be left out: the user and password are `guest`, the host
 /// `localhost`, the port 5672, the virtual host `/`. In a user, password or virtual host, write
-/// `/` as `%2f` and so on. The one parameter is `heartbeat`, in seconds.
+/// `/` as `%2f` and so on. There are two parameters: `heartbeat`, in seconds, and
+/// `auth_mechanism`, `plain` or `external`. `amqps://` is TLS, by default on port 5671.
 /// Source: <https://www.rabbitmq.com/docs/uri-spec>.
 ///
 /// Printed, it shows no password.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Endpoints(Vec<Endpoint>);
+pub struct Endpoints {
+    list: Vec<Endpoint>,
+    #[cfg(feature = "tls")]
+    tls: TlsOptions,
+}
 
 #[derive(Clone, PartialEq, Eq)]
 struct Endpoint {
+    tls: bool,
     host: Host<String>,
     port: u16,
     vhost: String,
     user: String,
     password: String,
+    /// Whether the broker is to know us by our certificate, and not by user and password.
+    external: bool,
     heartbeat_seconds: u16,
 }
 
 impl Default for Endpoints {
     fn default() -> Endpoints {
-        Endpoints(vec![Endpoint {
+        Endpoints::new(vec![Endpoint::default()])
+    }
+}
+
+impl Endpoints {
+    fn new(list: Vec<Endpoint>) -> Endpoints {
+        Endpoints {
+            list,
+            #[cfg(feature = "tls")]
+            tls: TlsOptions::default(),
+        }
+    }
+
+    /// Says how brokers at `amqps://` are trusted, and how they are to trust us.
+    #[cfg(feature = "tls")]
+    pub fn with_tls(self, tls: TlsOptions) -> Endpoints {
+        Endpoints { tls, ..self }
+    }
+}
+
+impl Default for Endpoint {
+    fn default() -> Endpoint {
+        Endpoint {
+            tls: false,
             host: Host::Domain("localhost".to_owned()),
             port: 5672,
             vhost: "/".to_owned(),
             user: "guest".to_owned(),
             password: "guest".to_owned(),
+            external: false,
             heartbeat_seconds: HEARTBEAT_SECONDS,
-        }])
+        }
     }
 }
 
@@ -82,7 +116,7 @@ impl FromStr for Endpoints {
     fn from_str(urls: &str) -> Result<Endpoints, Error> {
         let endpoints: Result<Vec<_>, _> =
             urls.split(',').map(|url| parse_url(url.trim())).collect();
-        endpoints.map(Endpoints).map_err(Error::InvalidUrl)
+        endpoints.map(Endpoints::new).map_err(Error::InvalidUrl)
     }
 }
 
@@ -93,13 +127,20 @@ fn parse_url(text: &str) -> Result<Endpoint, String> {
         return Err(format!("it is empty; {EXAMPLE}"));
     }
     let url = Url::parse(text).map_err(|error| format!("{error}; {EXAMPLE}"))?;
+    let mut endpoint = Endpoint::default();
     match url.scheme() {
         "amqp" => {}
+        "amqps" if cfg!(feature = "tls") => {
+            endpoint.tls = true;
+            endpoint.port = 5671;
+        }
         "amqps" => return Err("amqps:// needs TLS, which this build does not have".to_owned()),
-        other => return Err(format!("the scheme is '{other}', not 'amqp'; {EXAMPLE}")),
+        other => {
+            return Err(format!(
+                "the scheme is '{other}', not 'amqp' or 'amqps'; {EXAMPLE}"
+            ));
+        }
     }
-    let Endpoints(defaults) = Endpoints::default();
-    let mut endpoint = defaults.into_iter().next().expect("there is a default");
     // For a scheme it does not know, the parser leaves host names as they are, IP addresses
     // included.
     if let Some(host) = url.host_str().filter(|host| !host.is_empty()) {
@@ -135,9 +176,18 @@ fn parse_url(text: &str) -> Result<Endpoint, String> {
                     _ => return Err(format!("heartbeat={value}: expected 1 to 65535 seconds")),
                 };
             }
+            "auth_mechanism" => match &*value {
+                "plain" => endpoint.external = false,
+                "external" => endpoint.external = true,
+                other => {
+                    return Err(format!(
+                        "auth_mechanism={other}: expected plain or external"
+                    ));
+                }
+            },
             other => {
                 return Err(format!(
-                    "the parameter '{other}' is not supported (only heartbeat is)"
+                    "the parameter '{other}' is not supported (heartbeat and auth_mechanism are)"
                 ));
             }
         }
@@ -159,13 +209,14 @@ impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let user = url::form_urlencoded::byte_serialize(self.user.as_bytes()).collect::<String>();
         let vhost = url::form_urlencoded::byte_serialize(self.vhost.as_bytes()).collect::<String>();
-        write!(f, "amqp://{user}@{}:{}/{vhost}", self.host, self.port)
+        let scheme = if self.tls { "amqps" } else { "amqp" };
+        write!(f, "{scheme}://{user}@{}:{}/{vhost}", self.host, self.port)
     }
 }
 
 impl fmt::Display for Endpoints {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, endpoint) in self.0.iter().enumerate() {
+        for (index, endpoint) in self.list.iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };
             write!(f, "{comma}{endpoint}")?;
         }
@@ -212,9 +263,9 @@ impl Connection {
         sink: &dyn Fn() -> Box<dyn Sink>,
     ) -> Result<Connection, Error> {
         let mut failures = Vec::new();
-        for (index, endpoint) in endpoints.0.iter().enumerate() {
-            let deadline = share_of(deadline, endpoints.0.len() - index);
-            match endpoint.open(purpose, deadline, sink) {
+        for (index, endpoint) in endpoints.list.iter().enumerate() {
+            let deadline = share_of(deadline, endpoints.list.len() - index);
+            match endpoint.open(endpoints, purpose, deadline, sink) {
                 Ok(connection) => {
                     log::info!("connected to {endpoint} as {}", connection.name);
                     return Ok(connection);
@@ -303,6 +354,7 @@ impl Failure {
 impl Endpoint {
     fn open(
         &self,
+        endpoints: &Endpoints,
         purpose: &str,
         deadline: Instant,
         sink: &dyn Fn() -> Box<dyn Sink>,
@@ -313,7 +365,9 @@ impl Endpoint {
         for (index, address) in addresses.iter().enumerate() {
             let deadline = share_of(deadline, addresses.len() - index);
             match TcpStream::connect_timeout(address, time_left(deadline)) {
-                Ok(socket) => return self.shake_hands(socket, purpose, deadline, sink()),
+                Ok(socket) => {
+                    return self.shake_hands(socket, endpoints, purpose, deadline, sink());
+                }
                 Err(error) => last = Failure::io(&format!("connecting to {address}"), error),
             }
         }
@@ -346,9 +400,35 @@ impl Endpoint {
         }
     }
 
+    #[cfg(feature = "tls")]
+    fn transport(
+        &self,
+        socket: TcpStream,
+        endpoints: &Endpoints,
+        deadline: Instant,
+    ) -> Result<Transport, Failure> {
+        if !self.tls {
+            return Ok(Transport::Plain(Arc::new(socket)));
+        }
+        TlsStream::connect(socket, &self.host, &endpoints.tls, deadline)
+            .map(|stream| Transport::Tls(Arc::new(stream)))
+            .map_err(|reason| Failure::new(format!("TLS handshake: {reason}")))
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn transport(
+        &self,
+        socket: TcpStream,
+        _: &Endpoints,
+        _: Instant,
+    ) -> Result<Transport, Failure> {
+        Ok(Transport::Plain(Arc::new(socket)))
+    }
+
     fn shake_hands(
         &self,
         socket: TcpStream,
+        endpoints: &Endpoints,
         purpose: &str,
         deadline: Instant,
         sink: Box<dyn Sink>,
@@ -357,7 +437,7 @@ impl Endpoint {
             (Ok(local), Ok(peer)) => format!("{local} -> {peer}"),
             _ => "a connection already lost".to_owned(),
         };
-        let transport = Transport::Plain(Arc::new(socket));
+        let transport = self.transport(socket, endpoints, deadline)?;
         let Opened {
             stream,
             inbox,
@@ -366,9 +446,12 @@ impl Endpoint {
         } = socket::share(transport, sink)
             .map_err(|error| Failure::io("setting up the socket", error))?;
         let options = ConnectionOptions::default()
-            .auth(Auth::Plain {
-                username: self.user.clone(),
-                password: self.password.clone(),
+            .auth(match self.external {
+                true => Auth::External,
+                false => Auth::Plain {
+                    username: self.user.clone(),
+                    password: self.password.clone(),
+                },
             })
             .virtual_host(&self.vhost)
             .heartbeat(self.heartbeat_seconds)
@@ -391,6 +474,9 @@ impl Endpoint {
             }
             // RabbitMQ closes the socket without a word on wrong credentials, and also while it
             // is still booting.
+            Err(amiquip::Error::InvalidCredentials) if self.external => Err(Failure::new(
+                "it refused our certificate as a user (wrong name in it? or still starting?)",
+            )),
             Err(amiquip::Error::InvalidCredentials) => Err(Failure::new(format!(
                 "it refused the user '{}' (wrong password? or still starting?)",
                 self.user
@@ -644,14 +730,17 @@ mod tests {
     use super::*;
 
     fn one(url: &str) -> Endpoint {
-        let Endpoints(mut endpoints) = url.parse().unwrap_or_else(|e| panic!("{url}: {e}"));
+        let Endpoints {
+            list: mut endpoints,
+            ..
+        } = url.parse().unwrap_or_else(|e| panic!("{url}: {e}"));
         assert_eq!(endpoints.len(), 1);
         endpoints.remove(0)
     }
 
     #[test]
     fn what_a_url_leaves_out_has_defaults() {
-        let Endpoints(defaults) = Endpoints::default();
+        let defaults = Endpoints::default().list;
         for url in [
             "amqp://",
             "amqp:///",

@@ -218,7 +218,9 @@ impl Printer {
     }
 
     fn interrupted(&self, unanswered: usize) -> io::Result<()> {
-        self.complain(&format!("interrupted; {unanswered} calls were not answered"))
+        self.complain(&format!(
+            "interrupted; {unanswered} calls were not answered"
+        ))
     }
 
     fn json(&self, line: &JsonLine<'_>) -> io::Result<()> {

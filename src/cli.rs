@@ -69,6 +69,22 @@ pub struct Global {
     )]
     pub queue: String,
 
+    /// Trust brokers whose certificates were signed by one of those in this PEM file, and no
+    /// others [default: what the system trusts]
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", global = true)]
+    tls_ca: Option<PathBuf>,
+
+    /// Our own certificate, for a broker that asks for one (PEM)
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", global = true, requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+
+    /// The private key of that certificate (PEM)
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", global = true, requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+
     /// Log more, on stderr: -v connections, -vv everything (or set RUST_LOG)
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
@@ -278,10 +294,21 @@ impl Global {
             ),
             None => self.url.clone(),
         };
-        match url {
-            None => Ok(Endpoints::default()),
-            Some(url) => url.trim().parse().map_err(usage),
-        }
+        let endpoints = match url {
+            None => Endpoints::default(),
+            Some(url) => url.trim().parse().map_err(usage)?,
+        };
+        #[cfg(feature = "tls")]
+        let endpoints = endpoints.with_tls(self.tls());
+        Ok(endpoints)
+    }
+
+    #[cfg(feature = "tls")]
+    fn tls(&self) -> fibrpc::TlsOptions {
+        let mut tls = fibrpc::TlsOptions::default();
+        tls.ca_file.clone_from(&self.tls_ca);
+        tls.client_certificate = self.tls_cert.clone().zip(self.tls_key.clone());
+        tls
     }
 }
 

@@ -92,10 +92,10 @@ struct Feed {
     end: Option<End>,
 }
 
-#[derive(Clone, Copy)]
 enum End {
     Closed,
-    Failed(ErrorKind, Option<i32>),
+    /// The kind of the error, and what it says.
+    Failed(ErrorKind, String),
 }
 
 impl Inbox {
@@ -152,7 +152,7 @@ impl Inbox {
             Err(TryLockError::Poisoned(_)) => {
                 // Nothing of ours panics while it leads. If something does, the connection is
                 // done for: what had arrived is half dealt out.
-                self.end(End::Failed(ErrorKind::Other, None));
+                self.fail(&io::Error::other("a thread panicked while it read"));
                 return None;
             }
         };
@@ -214,12 +214,15 @@ impl Inbox {
             }
             return Ok(len);
         }
-        match feed.end {
+        match &feed.end {
             None => Err(ErrorKind::WouldBlock.into()),
             Some(End::Closed) => Ok(0),
-            Some(End::Failed(_, Some(code))) => Err(io::Error::from_raw_os_error(code)),
-            Some(End::Failed(kind, None)) => Err(kind.into()),
+            Some(End::Failed(kind, reason)) => Err(io::Error::new(*kind, reason.clone())),
         }
+    }
+
+    fn fail(&self, error: &io::Error) {
+        self.end(End::Failed(error.kind(), error.to_string()));
     }
 
     fn end(&self, end: End) {
@@ -322,7 +325,7 @@ impl Lead<'_> {
                 return Ok(());
             }
             Err(error) => {
-                inbox.end(End::Failed(error.kind(), error.raw_os_error()));
+                inbox.fail(&error);
                 return Err(Down);
             }
         }
@@ -373,7 +376,10 @@ impl Reader {
                 }
             };
             let Ok(taken) = self.assembler.take(frame) else {
-                inbox.end(End::Failed(ErrorKind::InvalidData, None));
+                inbox.fail(&io::Error::new(
+                    ErrorKind::InvalidData,
+                    "the broker sent a malformed frame",
+                ));
                 return Err(Down);
             };
             if taken.pass_on {

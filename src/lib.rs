@@ -50,12 +50,16 @@ mod frame;
 mod inbox;
 mod server;
 mod socket;
+#[cfg(feature = "tls")]
+mod tls;
 mod wire;
 
 pub use broker::{Endpoints, QueueType, Status};
 pub use client::{Answer, CallMany, Calls, Client, ClientConfig, ClientStats, ReplyTo};
 pub use error::{Error, QueueStatus, WaitingFor};
 pub use server::{Request, Server, ServerConfig, ServerStats};
+#[cfg(feature = "tls")]
+pub use tls::TlsOptions;
 pub use wire::{RemoteError, RemoteErrorKind, parse_n};
 
 /// The README's example, so that it compiles.

@@ -11,6 +11,8 @@
 //! reason; that closes the socket and tells everyone ([`Opened::down`]).
 
 use crate::inbox::{Inbox, Sink};
+#[cfg(feature = "tls")]
+use crate::tls::TlsStream;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use mio::unix::EventedFd;
 use mio::{Evented, Events, Poll, PollOpt, Ready, Token};
@@ -97,12 +99,16 @@ pub(crate) fn share(transport: Transport, sink: Box<dyn Sink>) -> io::Result<Ope
 #[derive(Clone)]
 pub(crate) enum Transport {
     Plain(Arc<TcpStream>),
+    #[cfg(feature = "tls")]
+    Tls(Arc<TlsStream>),
 }
 
 impl Transport {
     pub fn socket(&self) -> &TcpStream {
         match self {
             Transport::Plain(socket) => socket,
+            #[cfg(feature = "tls")]
+            Transport::Tls(stream) => stream.socket(),
         }
     }
 
@@ -110,13 +116,18 @@ impl Transport {
     pub fn read(&self, out: &mut [u8]) -> io::Result<usize> {
         match self {
             Transport::Plain(socket) => (&**socket).read(out),
+            #[cfg(feature = "tls")]
+            Transport::Tls(stream) => stream.read(out),
         }
     }
 
-    /// Writes as much as goes; says how much that was. One thread at a time may.
+    /// Writes as much as goes; says how much that was. One thread at a time may, and what was not
+    /// written must be given again.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Transport::Plain(socket) => (&**socket).write(bytes),
+            #[cfg(feature = "tls")]
+            Transport::Tls(stream) => stream.write(bytes),
         }
     }
 

@@ -1,7 +1,7 @@
 //! `fibrpc status`: is there a broker, is there a queue, does anybody serve it?
 
-use crate::cli::{Global, ReportKind, StatusArgs};
 use crate::NO_SERVER;
+use crate::cli::{Global, ReportKind, StatusArgs};
 use fibrpc::{Error, Status};
 use serde::Serialize;
 use std::process::ExitCode;

@@ -8,3 +8,5 @@ mod hostile;
 mod interop;
 mod rpc;
 mod support;
+#[cfg(feature = "tls")]
+mod tls;

@@ -7,6 +7,7 @@ use amiquip::{
 };
 use crossbeam_channel::{Receiver, bounded, unbounded};
 use fibrpc::{Client, ClientConfig, Endpoints, Error, RemoteError, Request, Server, ServerConfig};
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -457,15 +458,24 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 /// A broker of the test's own, to be killed, stopped and blocked. Gone when dropped.
 pub struct PrivateBroker {
     folder: PathBuf,
+    plugins: String,
     pub url: String,
     _parent: tempfile::TempDir,
 }
 
 impl PrivateBroker {
     pub fn start() -> PrivateBroker {
+        PrivateBroker::configured("", &[])
+    }
+
+    /// With settings of `rabbitmq.conf`, and plugins.
+    pub fn configured(settings: &str, plugins: &[&str]) -> PrivateBroker {
         let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("broker");
+        fs::write(parent.path().join("settings"), settings).unwrap();
         let mut broker = PrivateBroker {
-            folder: parent.path().join("broker"),
+            folder,
+            plugins: plugins.join(","),
             url: String::new(),
             _parent: parent,
         };
@@ -553,6 +563,8 @@ impl PrivateBroker {
         Command::new(root().join("scripts/broker"))
             .args(arguments)
             .env("BROKER_DIR", &self.folder)
+            .env("BROKER_SETTINGS", self.folder.with_file_name("settings"))
+            .env("BROKER_PLUGINS", &self.plugins)
             .output()
             .unwrap()
     }
@@ -568,6 +580,8 @@ impl Drop for PrivateBroker {
         let _ = Command::new(root().join("scripts/broker"))
             .arg("stop")
             .env("BROKER_DIR", &self.folder)
+            .env("BROKER_SETTINGS", self.folder.with_file_name("settings"))
+            .env("BROKER_PLUGINS", &self.plugins)
             .output();
     }
 }

@@ -1,0 +1,237 @@
+//! TLS against a real broker, with certificates made here: the right ones, and every wrong kind.
+
+use crate::support::{PATIENCE, PrivateBroker, fibrpc, run, server, unique};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    date_time_ymd,
+};
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+
+/// An authority, and what it signs.
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+impl Authority {
+    fn new(name: &str) -> Authority {
+        let mut params = CertificateParams::new([]).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let key = KeyPair::generate().unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        let issuer = Issuer::new(params, key);
+        Authority { issuer, pem }
+    }
+
+    /// A certificate for these names, and its key, as files.
+    fn sign(&self, folder: &Path, file: &str, names: &[&str], expired: bool) -> (PathBuf, PathBuf) {
+        let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name.push(DnType::CommonName, file);
+        if expired {
+            params.not_before = date_time_ymd(2020, 1, 1);
+            params.not_after = date_time_ymd(2021, 1, 1);
+        }
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let paths = (
+            folder.join(format!("{file}.pem")),
+            folder.join(format!("{file}.key")),
+        );
+        fs::write(&paths.0, certificate.pem()).unwrap();
+        fs::write(&paths.1, key.serialize_pem()).unwrap();
+        paths
+    }
+}
+
+/// A broker that listens with TLS, and everything that its clients may need.
+struct TlsBroker {
+    _broker: PrivateBroker,
+    port: u16,
+    folder: tempfile::TempDir,
+    authority: Authority,
+}
+
+impl TlsBroker {
+    /// With a certificate for these names, and further settings.
+    fn start(names: &[&str], expired: bool, settings: &str) -> TlsBroker {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::new("the test's authority");
+        let ca = folder.path().join("ca.pem");
+        fs::write(&ca, &authority.pem).unwrap();
+        let (certificate, key) = authority.sign(folder.path(), "broker", names, expired);
+        // Free now; taken by whoever is quicker, which shows.
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let config = format!(
+            "listeners.ssl.1 = 127.0.0.1:{port}\n\
+             ssl_options.cacertfile = {}\n\
+             ssl_options.certfile = {}\n\
+             ssl_options.keyfile = {}\n\
+             {settings}",
+            ca.display(),
+            certificate.display(),
+            key.display(),
+        );
+        let broker = PrivateBroker::configured(&config, &["rabbitmq_auth_mechanism_ssl"]);
+        TlsBroker {
+            _broker: broker,
+            port,
+            folder,
+            authority,
+        }
+    }
+
+    fn url(&self, host: &str) -> String {
+        format!("amqps://{host}:{}", self.port)
+    }
+
+    fn ca(&self) -> String {
+        self.file("ca.pem")
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().to_owned()
+    }
+}
+
+/// A call that must be refused, with these words.
+fn refused(url: &str, options: &[&str], words: &str) {
+    let call = run(fibrpc(url, "q")
+        .args(["call", "30", "--timeout", "10s"])
+        .args(options));
+    assert_eq!(call.code(), Some(6), "{url} {options:?}: {}", call.stderr);
+    assert!(
+        call.stderr.contains(words),
+        "{url} {options:?}: {}",
+        call.stderr
+    );
+}
+
+#[test]
+fn a_broker_with_the_right_certificate_is_used_by_name_and_by_address_and_others_are_refused() {
+    let broker = TlsBroker::start(&["localhost", "127.0.0.1"], false, "");
+    let (queue, ca) = (unique("tls"), broker.ca());
+    let url = broker.url("localhost");
+    let _server = server(&url, &queue, &["--workers", "2", "--tls-ca", &ca]);
+    for host in ["localhost", "127.0.0.1"] {
+        let call = run(fibrpc(&broker.url(host), &queue).args(["call", "30", "--tls-ca", &ca]));
+        assert!(call.stdout.contains("832040"), "{host}: {}", call.stderr);
+    }
+    let bench = run(fibrpc(&url, &queue).args(["bench", "--requests", "5000", "--tls-ca", &ca]));
+    assert_eq!(bench.code(), Some(0), "{}", bench.stderr);
+
+    // Verification cannot be turned off: nothing here is trusted by the system.
+    refused(&url, &[], "TLS handshake");
+    let other = Authority::new("somebody else");
+    let wrong = broker.folder.path().join("wrong.pem");
+    fs::write(&wrong, other.pem).unwrap();
+    refused(
+        &url,
+        &["--tls-ca", wrong.to_str().unwrap()],
+        "UnknownIssuer",
+    );
+    // A file that is not there, one without a certificate, a broker without TLS.
+    refused(&url, &["--tls-ca", "/no/such/file"], "/no/such/file");
+    refused(
+        &url,
+        &["--tls-ca", &broker.file("broker.key")],
+        "no certificate in",
+    );
+    let plain = broker._broker.url.replace("amqp://", "amqps://");
+    refused(&plain, &["--tls-ca", &ca], "TLS handshake");
+}
+
+#[test]
+fn bodies_of_16_mib_pass_both_ways_through_tls() {
+    let broker = TlsBroker::start(&["localhost"], false, "");
+    let queue = unique("tls-large");
+    let mut tls = fibrpc::TlsOptions::default();
+    tls.ca_file = Some(broker.ca().into());
+    let endpoints: fibrpc::Endpoints = broker.url("localhost").parse().unwrap();
+    let endpoints = endpoints.with_tls(tls);
+    let configure = |config: &mut fibrpc::ServerConfig| {
+        config.endpoints = endpoints.clone();
+        config.queue.clone_from(&queue);
+    };
+    let echo = crate::support::Local::start(configure, |request| Ok(request.body));
+    let mut config = fibrpc::ClientConfig::default();
+    config.endpoints = endpoints.clone();
+    config.queue.clone_from(&queue);
+    config.timeout = 2 * PATIENCE;
+    config.wait_for_server = true;
+    let client = fibrpc::Client::new(config).unwrap();
+    let bodies: Vec<Vec<u8>> = (0..4_u8)
+        .map(|salt| {
+            (0..16 << 20)
+                .map(|i: u32| (i as u8) ^ (i >> 11) as u8 ^ salt)
+                .collect()
+        })
+        .collect();
+    for (answer, body) in client.call_many(&bodies, 2).zip(&bodies) {
+        assert!(answer.result.unwrap() == *body);
+    }
+    drop(client);
+    echo.stop().unwrap();
+}
+
+#[test]
+fn a_certificate_for_another_name_and_one_that_has_expired_are_refused() {
+    let other_name = TlsBroker::start(&["broker.example"], false, "");
+    refused(
+        &other_name.url("localhost"),
+        &["--tls-ca", &other_name.ca()],
+        "not valid for name",
+    );
+    drop(other_name);
+    let expired = TlsBroker::start(&["localhost"], true, "");
+    refused(
+        &expired.url("localhost"),
+        &["--tls-ca", &expired.ca()],
+        "expired",
+    );
+}
+
+#[test]
+fn a_client_certificate_is_shown_when_asked_for_and_can_stand_for_the_user() {
+    let broker = TlsBroker::start(
+        &["localhost"],
+        false,
+        "ssl_options.verify = verify_peer\n\
+         ssl_options.fail_if_no_peer_cert = true\n\
+         auth_mechanisms.1 = PLAIN\n\
+         auth_mechanisms.2 = EXTERNAL\n\
+         ssl_cert_login_from = common_name\n",
+    );
+    let (queue, ca, url) = (unique("tls-client"), broker.ca(), broker.url("localhost"));
+    let (certificate, key) =
+        broker
+            .authority
+            .sign(broker.folder.path(), "worker", &["worker"], false);
+    let (certificate, key) = (certificate.to_str().unwrap(), key.to_str().unwrap());
+    let ours = ["--tls-ca", &ca, "--tls-cert", certificate, "--tls-key", key];
+    let _server = server(&url, &queue, &[&["--workers", "1"], &ours[..]].concat());
+    let call = run(fibrpc(&url, &queue).args(["call", "30"]).args(ours));
+    assert!(call.stdout.contains("832040"), "{}", call.stderr);
+
+    refused(&url, &["--tls-ca", &ca], "ertificate");
+    let usage = run(fibrpc(&url, &queue).args(["call", "30", "--tls-cert", certificate]));
+    assert_eq!(usage.code(), Some(2), "{}", usage.stderr);
+
+    // The user that the certificate names does not exist, and then it does.
+    let external = format!("{url}?auth_mechanism=external");
+    refused(&external, &ours, "certificate as a user");
+    broker._broker.ctl(&["add_user", "worker", "never used"]);
+    broker
+        ._broker
+        .ctl(&["set_permissions", "worker", ".*", ".*", ".*"]);
+    let call = run(fibrpc(&external, &queue).args(["call", "30"]).args(ours));
+    assert!(call.stdout.contains("832040"), "{}", call.stderr);
+}
