@@ -9,7 +9,7 @@ CHAOS_SEED    ?= 42
 ROUNDS        ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos compare scaling lint build install broker clean
+.PHONY: help demo test chaos cluster compare scaling lint build install broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL n
 chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
 		$(CARGO) test --locked --release --test it chaos -- --nocapture
+
+cluster: ## three RabbitMQ nodes, a quorum queue, a load; each node is killed and comes back
+	CLUSTER_KILLS=3 $(CARGO) test --locked --release --test it cluster -- --nocapture
 
 compare: build ## fibrpc beside other libraries in C, Rust, Go, JavaScript, Python: medians of ROUNDS=5
 	@scripts/peers

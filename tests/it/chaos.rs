@@ -55,23 +55,24 @@ const FAULTS: [Fault; 7] = [
 
 /// What became of one client's calls.
 #[derive(Debug, Default)]
-struct Tally {
-    made: u64,
-    right: u64,
-    wrong: u64,
-    failed: BTreeMap<String, u64>,
+pub struct Tally {
+    pub made: u64,
+    pub right: u64,
+    pub wrong: u64,
+    pub failed: BTreeMap<String, u64>,
     overrun: Duration,
     longest: Duration,
 }
 
-fn from_environment(name: &str, default: u64) -> u64 {
+pub fn from_environment(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| {
         text.parse()
             .unwrap_or_else(|_| panic!("{name}={text}: expected a number"))
     })
 }
 
-fn load(client: &Client, seed: u64, over: &AtomicBool) -> Tally {
+/// Calls, and checks every answer, until it is over; `answered` is told of each.
+pub fn load(client: &Client, seed: u64, over: &AtomicBool, answered: impl Fn()) -> Tally {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut tally = Tally::default();
     let mut calls = client.calls();
@@ -84,6 +85,7 @@ fn load(client: &Client, seed: u64, over: &AtomicBool) -> Tally {
         let Some(answer) = calls.next() else {
             return tally;
         };
+        answered();
         tally.overrun = tally.overrun.max(answer.latency.saturating_sub(TIMEOUT));
         tally.longest = tally.longest.max(answer.latency);
         match answer.result {
@@ -185,7 +187,7 @@ fn with_deadlines_longer_than_the_outages_nothing_is_wrong_lost_or_hung() {
                 let (config, over) = (config.clone(), &over);
                 scope.spawn(move || {
                     let client = Client::new(config).unwrap();
-                    (load(&client, seed + index, over), client.stats())
+                    (load(&client, seed + index, over, || ()), client.stats())
                 })
             })
             .collect();

@@ -3,6 +3,7 @@
 mod bench;
 mod chaos;
 mod cli;
+mod cluster;
 mod failures;
 mod hostile;
 mod interop;
