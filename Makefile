@@ -3,13 +3,14 @@
 
 PREFIX ?= /usr/local
 CARGO  ?= cargo
+ROOT    = $(DESTDIR)$(PREFIX)
 
 CHAOS_SECONDS ?= 60
 CHAOS_SEED    ?= 42
 ROUNDS        ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos cluster compare scaling lint build install broker clean
+.PHONY: help demo test test-with-broker chaos cluster compare scaling lint build install broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +21,13 @@ demo: ## see it work: a broker, a server, one call, 832040
 
 test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL names)
 	@scripts/peers
-	scripts/broker with-broker $(CARGO) test --locked
+	scripts/broker with-broker $(MAKE) --no-print-directory test-with-broker
+
+test-with-broker: # each set of features; all that the command needs is tested with the default one
+	$(CARGO) test --locked --no-default-features --lib --test library
+	$(CARGO) test --locked --no-default-features --features tls --lib --test library
+	$(CARGO) test --locked --no-default-features --features cli --lib --bins --test library
+	$(CARGO) test --locked
 
 chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
@@ -40,16 +47,23 @@ scaling: build ## rates against workers, prefetch, calls in flight, queue types;
 lint: ## formatting, clippy, documentation, shell scripts; warnings are errors
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	$(CARGO) clippy --locked --no-default-features -- -D warnings
+	$(CARGO) clippy --locked --no-default-features --all-targets -- -D warnings
+	$(CARGO) clippy --locked --no-default-features --features tls --all-targets -- -D warnings
+	$(CARGO) clippy --locked --no-default-features --features cli --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	bash -n scripts/broker scripts/demo scripts/peers .ci/run
 
 build: ## the binary, target/release/fibrpc
 	$(CARGO) build --release --locked
 
-install: build ## the binary, to PREFIX/bin (default /usr/local)
-	install -d "$(DESTDIR)$(PREFIX)/bin"
-	install -m 755 target/release/fibrpc "$(DESTDIR)$(PREFIX)/bin/fibrpc"
+install: build ## binary, completions and manual page, under PREFIX (default /usr/local)
+	install -D -m 755 target/release/fibrpc "$(ROOT)/bin/fibrpc"
+	install -d "$(ROOT)/share/man/man1" "$(ROOT)/share/bash-completion/completions" \
+		"$(ROOT)/share/zsh/site-functions" "$(ROOT)/share/fish/vendor_completions.d"
+	target/release/fibrpc man >"$(ROOT)/share/man/man1/fibrpc.1"
+	target/release/fibrpc completions bash >"$(ROOT)/share/bash-completion/completions/fibrpc"
+	target/release/fibrpc completions zsh >"$(ROOT)/share/zsh/site-functions/_fibrpc"
+	target/release/fibrpc completions fish >"$(ROOT)/share/fish/vendor_completions.d/fibrpc.fish"
 
 broker: ## a private broker in the foreground, until Ctrl-C; prints the URL to use
 	@scripts/broker run

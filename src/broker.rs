@@ -14,6 +14,8 @@ use amiquip::{
     FieldTable, QueueDeclareOptions,
 };
 use crossbeam_channel::{Receiver, bounded};
+use rand::TryRng;
+use rand::rngs::SysRng;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::str::FromStr;
@@ -694,6 +696,13 @@ fn on_queue(queue: &str, error: &amiquip::Error) -> Error {
     }
 }
 
+/// A random number from the operating system.
+pub(crate) fn random() -> u64 {
+    SysRng
+        .try_next_u64()
+        .unwrap_or_else(|error| panic!("the operating system has no random numbers: {error}"))
+}
+
 /// Waits between attempts to connect: 0.1 s doubling to 5 s, each shortened by chance to
 /// somewhere between half and whole, so that a thousand clients do not come back at once.
 #[derive(Debug, Default)]
@@ -712,7 +721,8 @@ impl Backoff {
             .saturating_mul(1 << self.attempts.min(10))
             .min(Self::LONGEST);
         self.attempts += 1;
-        self.latest = whole.mul_f64(rand::random_range(0.5..=1.0));
+        let chance = random() as f64 / u64::MAX as f64;
+        self.latest = whole.mul_f64(0.5 + chance / 2.0);
         self.latest
     }
 

@@ -15,7 +15,7 @@
 //! kind of surprise, and a reply whose correlation id nobody knows (any more) is dropped.
 
 use crate::arrival::{Arrival, ChannelNews, Message};
-use crate::broker::{self, Backoff, Connection, Endpoints};
+use crate::broker::{self, Backoff, Connection, Endpoints, random};
 use crate::error::{Error, QueueStatus, WaitingFor};
 use crate::frame::{Properties, Publish, SHORT_STRING_MAX, put_consume, put_publish};
 use crate::inbox::{Inbox, Sink};
@@ -168,6 +168,7 @@ impl Client {
         let shared = Arc::new(Shared {
             config,
             state: Mutex::new(State::default()),
+            ids: Ids::new(),
             kick,
             stats: Stats::default(),
         });
@@ -311,7 +312,7 @@ impl<K> Calls<'_, K> {
     /// taken, requests are collected, and leave together when the last of those is taken, or
     /// half a millisecond has passed.
     pub fn submit(&mut self, key: K, request: &[u8]) {
-        let id = CorrelationId(rand::random());
+        let id = self.shared.ids.next();
         let submitted = Instant::now();
         let deadline = submitted
             .checked_add(self.shared.config.timeout)
@@ -531,8 +532,28 @@ where
     }
 }
 
-/// Says which call a reply is for. Random, so that nobody can guess it and answer in the
-/// server's place.
+/// Gives each call of a client an id: half of it random, the other half counted. Nobody who has
+/// not been sent one can guess it and answer in the server's place.
+struct Ids {
+    client: u64,
+    next: AtomicU64,
+}
+
+impl Ids {
+    fn new() -> Ids {
+        Ids {
+            client: random(),
+            next: AtomicU64::new(0),
+        }
+    }
+
+    fn next(&self) -> CorrelationId {
+        let call = self.next.fetch_add(1, Ordering::Relaxed);
+        CorrelationId(u128::from(self.client) << 64 | u128::from(call))
+    }
+}
+
+/// Says which call a reply is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct CorrelationId(u128);
 
@@ -645,6 +666,7 @@ struct Unsent {
 struct Shared {
     config: ClientConfig,
     state: Mutex<State>,
+    ids: Ids,
     /// Tells the keeper to look at the state.
     kick: Sender<()>,
     stats: Stats,

@@ -116,7 +116,15 @@ fn server(args: ServerArgs, global: &cli::Global) -> anyhow::Result<ExitCode> {
         Ok(result.to_string().into_bytes())
     };
     let announced = Once::new();
-    let ready = || announced.call_once(|| _ = lines.print(" [x] Awaiting RPC requests"));
+    let ready = || {
+        announced.call_once(|| {
+            let _ = lines.print(" [x] Awaiting RPC requests");
+            // To systemd, if it has started us and wants to know.
+            if let Err(error) = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]) {
+                log::warn!("cannot tell systemd that the server is ready: {error}");
+            }
+        });
+    };
     let stats = server.run(handler, ready, stop);
     // Workers may be left behind with their clones, so this is not the end of the lines.
     let _ = lines.flush();

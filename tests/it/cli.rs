@@ -3,6 +3,7 @@
 use crate::support::{PATIENCE, Peer, Process, fibrpc, run, server, unique, url};
 use amiquip::QueueDeclareOptions;
 use serde_json::Value;
+use std::io::{Seek, Write};
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -45,9 +46,13 @@ fn help_and_version_are_answers_and_tell_no_password() {
         );
     }
     let version = run(fibrpc("", "q").arg("--version"));
-    assert_eq!(
-        version.stdout.trim(),
-        concat!("fibrpc ", env!("CARGO_PKG_VERSION"))
+    // Behind it stands the commit, where there is one.
+    assert!(
+        version
+            .stdout
+            .starts_with(concat!("fibrpc ", env!("CARGO_PKG_VERSION"))),
+        "{}",
+        version.stdout
     );
 }
 
@@ -452,4 +457,170 @@ fn a_line_is_printed_for_each_request_and_none_is_lost() {
     server.signal("TERM");
     assert!(server.wait(PATIENCE).success());
     assert_eq!(server.output().0, " [.] fib(7)\n".repeat(2000));
+}
+
+/// Runs a command with something on its stdin.
+fn run_with_input(command: &mut Command, input: &[u8]) -> crate::support::Finished {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(input).unwrap();
+    file.rewind().unwrap();
+    run(command.stdin(file))
+}
+
+#[test]
+fn numbers_from_stdin_are_answered_in_order_and_bad_lines_are_told_by_number() {
+    let queue = unique("stdin");
+    let _server = server(&url(), &queue, &["--workers", "4", "--algorithm", "fast"]);
+    let numbers: Vec<u32> = (0..2_000).map(|i| i % 187).collect();
+    let mut input: Vec<_> = numbers.iter().map(u32::to_string).collect();
+    input.insert(1_000, "abc".to_owned());
+    input.insert(7, String::new());
+    let input = input.join("\r\n");
+    let call = run_with_input(
+        fibrpc(&url(), &queue).args(["call", "-", "--output", "raw"]),
+        input.as_bytes(),
+    );
+    let expected: Vec<_> = numbers
+        .iter()
+        .map(|&n| fibrpc::fib::fast(n).unwrap().to_string())
+        .collect();
+    assert_eq!(call.stdout.lines().collect::<Vec<_>>(), expected);
+    assert_eq!(call.code(), Some(2));
+    assert!(
+        call.stderr.contains("line 1002 of stdin"),
+        "{}",
+        call.stderr
+    );
+
+    let json = run_with_input(
+        fibrpc(&url(), &queue).args(["call", "-", "--output", "json"]),
+        b"10\nx\n20\n",
+    );
+    let lines = json_lines(&json.stdout);
+    assert_eq!(lines[0]["result"], "55");
+    assert_eq!(lines[1]["error"]["kind"], "usage");
+    assert_eq!(lines[2]["result"], "6765");
+    assert_eq!((json.code(), json.stderr.as_str()), (Some(2), ""));
+
+    let mixed = run(fibrpc(&url(), &queue).args(["call", "1", "-"]));
+    assert_eq!(mixed.code(), Some(2));
+    assert!(mixed.stderr.contains("alone"), "{}", mixed.stderr);
+}
+
+#[test]
+fn an_answer_is_printed_before_the_next_line_is_there() {
+    let queue = unique("interactive");
+    let _server = server(&url(), &queue, &["--workers", "1"]);
+    let mut command = fibrpc(&url(), &queue);
+    let mut call = Process::spawn(command.args(["call", "-"]).stdin(Stdio::piped()));
+    let mut input = call.stdin();
+    for (n, answer) in [("10", "55"), ("30", "832040")] {
+        writeln!(input, "{n}").unwrap();
+        assert_eq!(call.line(), format!(" [x] Requesting fib({n})"));
+        assert_eq!(call.line(), format!(" [.] Got {answer}"));
+    }
+    // Nothing is under way, and no line comes: an interrupt ends the wait.
+    call.signal("INT");
+    assert_eq!(call.wait(PATIENCE).code(), Some(130));
+}
+
+#[test]
+fn status_is_a_health_check() {
+    let queue = unique("status");
+    let status =
+        |url: &str, arguments: &[&str]| run(fibrpc(url, &queue).arg("status").args(arguments));
+    let missing = status(&url(), &[]);
+    assert_eq!(missing.code(), Some(5), "{}", missing.stderr);
+    assert!(
+        missing.stdout.contains("does not exist"),
+        "{}",
+        missing.stdout
+    );
+
+    let mut serving = server(&url(), &queue, &["--workers", "3"]);
+    let text = status(&url(), &[]);
+    assert_eq!(text.code(), Some(0), "{}", text.stderr);
+    assert!(text.stdout.contains("RabbitMQ "), "{}", text.stdout);
+    let json = &json_lines(&status(&url(), &["--output", "json"]).stdout)[0];
+    assert!(
+        json["broker"].as_str().unwrap().starts_with("RabbitMQ "),
+        "{json}"
+    );
+    assert_eq!(json["queue"], *queue);
+    assert_eq!(json["exists"], true);
+    assert_eq!(
+        (json["consumers"].as_u64(), json["ready"].as_u64()),
+        (Some(3), Some(0))
+    );
+    assert!(json["rtt_ms"].as_f64().unwrap() > 0.0, "{json}");
+
+    serving.signal("TERM");
+    assert!(serving.wait(PATIENCE).success());
+    let idle = status(&url(), &["--output", "json"]);
+    assert_eq!(idle.code(), Some(5), "{}", idle.stdout);
+    assert_eq!(json_lines(&idle.stdout)[0]["exists"], true);
+
+    let nobody = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let unreachable = status(&format!("amqp://{nobody}"), &[]);
+    assert_eq!(
+        (unreachable.code(), unreachable.stdout.as_str()),
+        (Some(6), "")
+    );
+    let refused = status(&with_password("wrong"), &[]);
+    assert_eq!(refused.code(), Some(6), "{}", refused.stderr);
+    assert!(!refused.stderr.contains(":wrong"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_url_can_come_from_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("url");
+    std::fs::write(&file, format!("{}\n", url())).unwrap();
+    let file = file.to_str().unwrap();
+    let queue = unique("url-file");
+    let _server = server("amqp://no.such.host.invalid", &queue, &["--url-file", file]);
+    let call = run(fibrpc("", &queue).args(["call", "30", "--url-file", file]));
+    assert!(call.stdout.contains("832040"), "{}", call.stderr);
+    let missing = run(fibrpc("", &queue).args(["call", "30", "--url-file", "/no/such/file"]));
+    assert_eq!(missing.code(), Some(2));
+    assert!(
+        missing.stderr.contains("--url-file /no/such/file"),
+        "{}",
+        missing.stderr
+    );
+}
+
+#[test]
+fn completions_and_the_manual_page_know_every_command() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = run(fibrpc("", "q").args(["completions", shell]));
+        assert_eq!(script.code(), Some(0), "{shell}");
+        for word in ["server", "call", "bench", "status", "--reply-to"] {
+            assert!(
+                script.stdout.contains(word.trim_start_matches('-')),
+                "{shell}: {word}"
+            );
+        }
+    }
+    let man = run(fibrpc("amqp://u:hunter2@h", "q").arg("man"));
+    assert!(man.stdout.contains(".TH fibrpc 1"), "{}", man.stdout);
+    assert!(man.stdout.contains("drain\\-timeout"), "{}", man.stdout);
+    assert!(!man.stdout.contains("hunter2"));
+}
+
+#[test]
+fn systemd_is_told_when_the_server_is_ready() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let queue = unique("systemd");
+    let mut command = fibrpc(&url(), &queue);
+    let _server = Process::spawn(command.arg("server").env("NOTIFY_SOCKET", &path));
+    let mut message = [0; 100];
+    let len = socket.recv(&mut message).unwrap();
+    assert_eq!(&message[..len], b"READY=1\n");
 }

@@ -345,6 +345,30 @@ fn a_header_table_nested_20000_deep_does_not_abort_the_server() {
 }
 
 #[test]
+fn a_correlation_id_that_is_no_text_comes_back_as_it_was() {
+    let queue = unique("bytes");
+    let _server = server(&url(), &queue, &["--workers", "1"]);
+    let mut raw = RawPeer::connect(&url());
+    let callback = raw.declare_bounded_queue();
+    let id = [0xff, 0x00, 0x80, b'\'', 0xc3];
+    let properties = [short_string(&id), short_string(callback.as_bytes())].concat();
+    raw.publish(&queue, 1 << 10 | 1 << 9, &properties, b"30");
+    let header = raw.get_header(&callback);
+    // Behind class, weight and body size: the flags, content type and correlation id.
+    let flags_and_properties = &header[12..];
+    let expected = [
+        &[0x84, 0][..],
+        &short_string(b"text/plain"),
+        &short_string(&id),
+    ]
+    .concat();
+    assert!(
+        flags_and_properties.starts_with(&expected),
+        "{flags_and_properties:?}"
+    );
+}
+
+#[test]
 fn properties_that_are_not_utf8_do_not_keep_a_request_from_its_answer() {
     let queue = unique("not-utf8");
     let _server = server(&url(), &queue, &["--quiet", "--workers", "1"]);

@@ -46,7 +46,8 @@ pub fn fibrpc(url: &str, queue: &str) -> Command {
     command
         .env_remove("RUST_LOG")
         .env("AMQP_URL", url)
-        .env("FIBRPC_QUEUE", queue);
+        .env("FIBRPC_QUEUE", queue)
+        .stdin(Stdio::null());
     command
 }
 
@@ -90,7 +91,6 @@ pub struct Process {
 impl Process {
     pub fn spawn(command: &mut Command) -> Process {
         let mut child = command
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -106,6 +106,11 @@ impl Process {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Its stdin, if that was piped; closed when dropped.
+    pub fn stdin(&mut self) -> std::process::ChildStdin {
+        self.child.stdin.take().expect("stdin is piped")
     }
 
     /// The next line of stdout.
@@ -380,6 +385,21 @@ impl RawPeer {
         }
     }
 
+    /// Takes a message from a queue; returns its content header's payload, as it is.
+    pub fn get_header(&mut self, queue: &str) -> Vec<u8> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let arguments = [&[0, 0], &short_string(queue.as_bytes())[..], &[1]].concat();
+            self.send_method(1, 60, 70, &arguments);
+            let method = self.read_frame();
+            if method[..4] == [0, 60, 0, 71] {
+                return self.read_frame();
+            }
+            assert!(Instant::now() < deadline, "no message in {queue}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Declares a queue of our own that keeps its ten newest messages; returns its name.
     pub fn declare_bounded_queue(&mut self) -> String {
         let mut arguments = vec![0, 0];
@@ -417,13 +437,19 @@ impl RawPeer {
         self.socket.write_all(&frame).unwrap();
     }
 
-    /// Reads the next frame, which must be this method; returns its arguments.
-    fn expect_method(&mut self, class: u16, method: u16) -> Vec<u8> {
+    /// Reads the next frame: its payload, and the octet that ends it.
+    fn read_frame(&mut self) -> Vec<u8> {
         let mut prefix = [0; 7];
         self.socket.read_exact(&mut prefix).unwrap();
         let len = u32::from_be_bytes(*prefix.last_chunk().unwrap());
         let mut payload = vec![0; len as usize + 1];
         self.socket.read_exact(&mut payload).unwrap();
+        payload
+    }
+
+    /// Reads the next frame, which must be this method; returns its arguments.
+    fn expect_method(&mut self, class: u16, method: u16) -> Vec<u8> {
+        let mut payload = self.read_frame();
         let expected = [class.to_be_bytes(), method.to_be_bytes()].concat();
         let text = String::from_utf8_lossy(&payload).into_owned();
         assert_eq!(
