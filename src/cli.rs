@@ -182,6 +182,11 @@ pub struct CallArgs {
     #[arg(long)]
     no_retry: bool,
 
+    /// Send a request again when it is unanswered for so long, then after twice that, and so on:
+    /// for a cluster, where one can be lost with a node. What takes longer is executed again
+    #[arg(long, value_name = "DUR", value_parser = duration, conflicts_with = "no_retry")]
+    resend_after: Option<Duration>,
+
     /// Wait for a broker and a request queue that do not exist yet, instead of failing at once
     #[arg(long)]
     wait_for_server: bool,
@@ -412,6 +417,7 @@ impl CallArgs {
     pub fn config(&self, global: &Global) -> Result<ClientConfig, clap::Error> {
         let mut config = client_config(global, self.reply_to, self.timeout)?;
         config.retry = !self.no_retry;
+        config.resend_after = self.resend_after;
         config.wait_for_server = self.wait_for_server;
         Ok(config)
     }
