@@ -17,6 +17,7 @@ from harness import (
     ROOT,
     URL,
     Missing,
+    apt,
     build_node,
     command,
     fibrpc_bench,
@@ -140,6 +141,7 @@ def million():
 
 def one_shot_table():
     say("one call ...")
+    apt("time", "time")
     queue = queue_name("one")
     clients = {"fibrpc call 30": [FIBRPC, "call", "--url", URL, "--queue", queue, 30]}
     try:
@@ -160,9 +162,9 @@ def one_shot_table():
                     raise SystemExit(f"{name} said {stdout!r}")
         for name, words in clients.items():
             measured = subprocess.run(
-                ["/usr/bin/env", sys.executable, "-c", PEAK, *map(str, words)], stdout=subprocess.PIPE, text=True
+                ["/usr/bin/time", "-f", "%M", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             )
-            peaks[name] = int(measured.stdout.splitlines()[-1])
+            peaks[name] = int(measured.stderr.splitlines()[-1])
     ours = median(times["fibrpc call 30"])
     rows = [
         [name, f"{median(t) * 1e3:.0f}", f"{median(t) / ours:.1f}", thousands(peaks[name])] for name, t in times.items()
@@ -170,13 +172,6 @@ def one_shot_table():
     size = FIBRPC.stat().st_size / 2**20
     return table(["one call, whole process", "ms", "times ours", "peak KiB"], rows) + f"\n\nThe binary: {size:.1f} MiB."
 
-
-# Runs its arguments as a process, and prints that process's peak memory.
-PEAK = """
-import resource, subprocess, sys
-subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
 
 N = 42
 

@@ -21,23 +21,33 @@
 //! 1. [`fib`]: what the tutorial computes. Pure.
 //! 2. `wire`: what a request, a reply and an error look like as messages. Pure.
 //! 3. `error`: everything that can go wrong, and when.
-//! 4. `frame`: the five AMQP frames that we write ourselves, and why. Pure.
-//! 5. `socket`: the socket that amiquip and we share; how a thread sends without a hop.
-//! 6. `broker`: URLs, opening and closing connections, queues, consumers.
-//! 7. `client`: calls with deadlines; the keeper that reconnects.
-//! 8. `server`: the supervisor and its workers; how it drains.
+//! 4. `frame`: the AMQP frames that we write ourselves, and why. Pure.
+//! 5. `arrival`: what comes back: deliveries, returned messages, news of a consumer. Pure.
+//! 6. `socket`: the socket that amiquip and we share; how a thread sends without a hop.
+//! 7. `inbox`: who reads it; how a thread receives without a hop.
+//! 8. `tls`: the same over TLS.
+//! 9. `broker`: URLs, opening and closing connections, the request queue.
+//! 10. `client`: calls with deadlines; the keeper that reconnects.
+//! 11. `server`: the supervisor, its workers, and the floor where they meet; how it drains.
 //!
-//! The binary is `main.rs` (dispatch, logs, exit codes), `cli.rs` (arguments), `output.rs` (lines on
-//! stdout), and a file for each command with much to say: `call.rs`,
-//! `bench.rs`.
+//! The binary is `main.rs` (dispatch, logs, exit codes), `cli.rs` (arguments), `numbers.rs` (lines
+//! from stdin), `output.rs` (lines on stdout), and a file for each command with much to say:
+//! `call.rs`, `bench.rs`, `status.rs`.
+//!
+//! # Features
+//!
+//! - `tls` (default): `amqps://`, with rustls.
+//! - `cli` (default): what only the binary needs. A library does without:
+//!   `default-features = false, features = ["tls"]`.
 //!
 //! # What holds everywhere
 //!
 //! - `client` and `server` do not know each other; the server knows a handler, not Fibonacci.
-//! - `fib`, `wire` and `frame` do no I/O. Nothing in the library prints; it reports through
-//!   `log`.
-//! - amiquip's connection is touched in `broker`, `client` and `server`; its property types in
-//!   `wire`; its stream in `socket`. Nothing else knows it.
+//! - `fib`, `wire`, `frame` and `arrival` do no I/O. Nothing in the library prints; it reports
+//!   through `log`.
+//! - The AMQP class `basic` (publish, deliver, ack, ...) is ours, in both directions; connections,
+//!   channels, queues and heartbeats are amiquip's. It is touched in `broker`, `client` and
+//!   `server`, and its stream in `socket` and `inbox`.
 //! - Every wait has a deadline, or is woken by a stop channel, or by the end of the connection.
 
 pub mod fib;
