@@ -914,14 +914,16 @@ struct Unattended {
 impl Sink for Unattended {
     fn take(&self, arrival: Arrival) {
         let link = self.shared.lock().link.clone();
-        match link {
-            Some(link) => {
-                let _ = self.shared.take(&link, arrival, &Nobody);
-            }
-            // The link is being set up, or is known to be broken.
-            None => {
+        match (link, &arrival) {
+            // About this connection's channel, whatever the link is by now.
+            (_, Arrival::Channel(..)) => {
                 let _ = self.news.send(arrival);
             }
+            (Some(link), _) => {
+                let _ = self.shared.take(&link, arrival, &Nobody);
+            }
+            // The link is known to be broken, and what was open on it will be sent again.
+            (None, _) => {}
         }
     }
 

@@ -33,6 +33,10 @@ use std::time::{Duration, Instant};
 /// How long one attempt to reconnect may take, for all brokers in the list together.
 const RECONNECT_TIME: Duration = Duration::from_secs(10);
 
+/// How long a server that has nothing left to do waits for the broker to confirm that it consumes
+/// no more.
+const CANCEL_TIME: Duration = Duration::from_secs(1);
+
 /// How long an idle worker that leads waits for a request before it looks around.
 const LEAD_TIME: Duration = Duration::from_secs(3600);
 
@@ -736,6 +740,7 @@ impl<T> Supervisor<'_, T> {
     fn drain(&mut self, connection: &mut Connection, channels: Vec<Channel>) -> Result<(), Error> {
         let after = self.config.drain_timeout;
         let deadline = Instant::now() + after;
+        let give_up_at = deadline.min(Instant::now() + CANCEL_TIME);
         // Whatever may still block gets an error when the time is up.
         let _fuse = connection.outbox.fuse(after);
         self.floor.stop();
@@ -761,6 +766,20 @@ impl<T> Supervisor<'_, T> {
                 let _ = connection.close();
                 return Ok(());
             }
+            if busy == 0 && Instant::now() >= give_up_at {
+                // The broker does not listen; it gives back what it has given us when it finds
+                // the connection closed.
+                let _ = connection.close();
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                connection.outbox.abort();
+                return Err(Error::DrainTimeout {
+                    after,
+                    workers: busy,
+                });
+            }
+            let wake_at = if busy == 0 { give_up_at } else { deadline };
             let reason = select! {
                 recv(self.told) -> news => match news {
                     Ok(News::Channel(number, _, news)) if number == self.number => match news {
@@ -774,14 +793,10 @@ impl<T> Supervisor<'_, T> {
                     _ => continue,
                 },
                 recv(connection.down) -> _ => "the connection is gone".to_owned(),
-                default(deadline.saturating_duration_since(Instant::now())) => String::new(),
+                default(wake_at.saturating_duration_since(Instant::now())) => continue,
             };
             if Instant::now() >= deadline {
-                connection.outbox.abort();
-                return Err(Error::DrainTimeout {
-                    after,
-                    workers: busy,
-                });
+                continue; // the fuse has ended it
             }
             // Nothing can be answered any more; the broker gives it all to others.
             log::warn!(
