@@ -12,6 +12,9 @@ use crate::frame::{
     CLASS_BASIC, END, HEADER, METHOD, OVERHEAD, PREFIX_LEN,
 };
 
+const CLASS_CONNECTION: u16 = 10;
+const CONNECTION_CLOSE: u16 = 50;
+
 const CLASS_CHANNEL: u16 = 20;
 const CHANNEL_CLOSE: u16 = 40;
 const CHANNEL_CLOSE_OK: u16 = 41;
@@ -172,6 +175,25 @@ pub(crate) fn frame_len(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
     }
 }
 
+/// Why the broker closes a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Goodbye {
+    pub code: u16,
+    pub text: String,
+}
+
+impl Goodbye {
+    /// Reads it from the frame that says so; `None` from any other.
+    pub fn from_frame(frame: &[u8]) -> Option<Goodbye> {
+        let (prefix, payload) = frame.split_first_chunk::<PREFIX_LEN>()?;
+        let mut cursor = Cursor(payload);
+        (prefix[0] == METHOD
+            && cursor.u16() == Some(CLASS_CONNECTION)
+            && cursor.u16() == Some(CONNECTION_CLOSE))
+        .then(|| cursor.goodbye())
+    }
+}
+
 /// What became of a frame.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Taken {
@@ -258,9 +280,7 @@ impl Assembler {
                 self.unfinished
                     .retain(|unfinished| unfinished.channel != channel);
                 (method == CHANNEL_CLOSE).then(|| {
-                    let code = cursor.u16().unwrap_or_default();
-                    let text = cursor.short_string().unwrap_or_default();
-                    let text = String::from_utf8_lossy(text);
+                    let Goodbye { code, text } = cursor.goodbye();
                     let reason = format!("the broker said {code} {text}");
                     Arrival::Channel(channel, ChannelNews::Closed(reason))
                 })
@@ -367,6 +387,16 @@ impl<'a> Cursor<'a> {
     fn short_string(&mut self) -> Option<&'a [u8]> {
         let len = self.u8()?;
         self.take(usize::from(len))
+    }
+
+    /// The beginning of `connection.close` and `channel.close`.
+    fn goodbye(&mut self) -> Goodbye {
+        let code = self.u16().unwrap_or_default();
+        let text = self.short_string().unwrap_or_default();
+        Goodbye {
+            code,
+            text: String::from_utf8_lossy(text).into_owned(),
+        }
     }
 }
 
@@ -547,6 +577,28 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    #[test]
+    fn a_goodbye_is_read_and_nothing_else_is_taken_for_one() {
+        let mut close = Vec::new();
+        put_raw(
+            &mut close,
+            METHOD,
+            0,
+            b"\0\x0a\0\x32\x01\x40\x03bye\0\0\0\0",
+        );
+        let goodbye = Goodbye {
+            code: 320,
+            text: "bye".to_owned(),
+        };
+        assert_eq!(Goodbye::from_frame(&close), Some(goodbye));
+        let mut others = Vec::new();
+        put_raw(&mut others, HEARTBEAT, 0, b"");
+        assert_eq!(Goodbye::from_frame(&others), None);
+        others.clear();
+        put_ack(&mut others, 1, 1);
+        assert_eq!(Goodbye::from_frame(&others), None);
     }
 
     #[test]

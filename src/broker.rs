@@ -4,6 +4,7 @@
 //! [`Fuse`](crate::socket::Fuse) is lit before each: when it burns down, the socket is shut, and
 //! the round trip returns with an error.
 
+use crate::arrival::Goodbye;
 use crate::error::{Error, QueueStatus};
 use crate::inbox::{Inbox, Nowhere, Sink};
 use crate::socket::{self, Never, Opened, Outbox, Transport};
@@ -316,7 +317,15 @@ impl Connection {
         match self.inner.take() {
             Some(inner) => {
                 let _fuse = self.outbox.fuse(CLOSE_TIME);
-                inner.close()
+                let closed = inner.close();
+                // Its last word tells more than how the socket ended.
+                match self.inbox.goodbye() {
+                    Some(Goodbye { code, text }) => Err(amiquip::Error::ServerClosedConnection {
+                        code: *code,
+                        message: text.clone(),
+                    }),
+                    None => closed,
+                }
             }
             None => Ok(()),
         }

@@ -10,14 +10,14 @@
 //! What is not of the class `basic` is left to amiquip: the leader puts it into a buffer that
 //! amiquip reads instead of the socket ([`crate::socket::Stream`]).
 
-use crate::arrival::{Arrival, Assembler, Malformed, frame_len};
+use crate::arrival::{Arrival, Assembler, Goodbye, Malformed, frame_len};
 use crate::socket::{Down, Transport};
 use mio::unix::EventedFd;
 use mio::{Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// How much is read from the socket at a time, in bytes.
@@ -68,6 +68,9 @@ pub(crate) struct Inbox {
     registration: Registration,
     call: SetReadiness,
     sink: Box<dyn Sink>,
+    /// Why the broker has closed the connection, if it said so. amiquip forgets that when the
+    /// socket then fails before it has answered.
+    goodbye: OnceLock<Goodbye>,
 }
 
 struct Reader {
@@ -130,6 +133,7 @@ impl Inbox {
             registration,
             call,
             sink,
+            goodbye: OnceLock::new(),
         };
         inbox.watch();
         Ok(inbox)
@@ -198,6 +202,11 @@ impl Inbox {
             // The watch has not fired, so it still holds.
             lead.reader = None;
         }
+    }
+
+    /// Why the broker has closed the connection, if it said so.
+    pub fn goodbye(&self) -> Option<&Goodbye> {
+        self.goodbye.get()
     }
 
     /// What amiquip is to read; as of [`io::Read::read`].
@@ -383,6 +392,9 @@ impl Reader {
                 return Err(Down);
             };
             if taken.pass_on {
+                if let Some(goodbye) = Goodbye::from_frame(frame) {
+                    let _ = inbox.goodbye.set(goodbye); // the first counts
+                }
                 inbox.feed().bytes.extend_from_slice(frame);
                 fed = true;
             }

@@ -74,7 +74,9 @@ fn without_retry_a_lost_connection_ends_the_call_with_its_outcome_unknown() {
 fn a_connection_closed_by_an_operator_is_made_again_and_calls_survive() {
     let broker = PrivateBroker::start();
     let queue = unique("operator");
-    let server = server(&broker.url, &queue, &["--workers", "1"]);
+    // The broker must not give the server up while that is stopped.
+    let url = format!("{}?heartbeat=600", broker.url);
+    let server = server(&url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, 2 * PATIENCE);
     for round in 1..=2 {
         let slow = begin(&client, "41");
