@@ -6,8 +6,6 @@
 import os
 
 from harness import (
-    URL,
-    Server,
     broker_pid,
     build_peers,
     cpu_us,
@@ -15,10 +13,12 @@ from harness import (
     fibrpc_server,
     machine,
     median,
-    run_client,
+    peer_client,
+    peer_server,
     say,
     table,
     thousands,
+    warmup_of,
 )
 
 ROUNDS = int(os.environ.get("ROUNDS", 5))
@@ -29,27 +29,22 @@ OURS = "**fibrpc**"
 WHO = ["server", "client", "broker"]
 
 
-def measure(name, words, round_number):
+def measure(name, peer, round_number):
     """One round of one library: for each run, the rate, and CPU us per call of server, client and broker."""
     queue = f"compare.{os.getpid()}.{round_number}.{abs(hash(name))}"
     broker = broker_pid()
     results = {}
-    server = (
-        fibrpc_server(queue, WORKERS) if words is None else Server([*words, "server", URL, queue, WORKERS], "ready")
-    )
-    with server:
+    with fibrpc_server(queue, WORKERS) if peer is None else peer_server(peer, queue, WORKERS) as server:
         for in_flight, requests in RUNS:
             before = [cpu_us([server.process.pid]), cpu_us([broker] if broker else [])]
-            if words is None:
+            if peer is None:
                 report, client = fibrpc_bench(queue, requests, in_flight)
-                seconds = report["seconds"]
             else:
-                stdout, client = run_client([*words, "client", URL, queue, requests, in_flight])
-                seconds = float(stdout)
+                report, client = peer_client(peer, queue, requests, in_flight)
             after = [cpu_us([server.process.pid]), cpu_us([broker] if broker else [])]
-            calls = requests + requests // 10 + 1
+            calls = requests + warmup_of(requests)
             spent = [after[0] - before[0], client, after[1] - before[1]]
-            results[in_flight] = requests / seconds, [us / calls for us in spent]
+            results[in_flight] = report["rate"], [us / calls for us in spent]
     return results
 
 

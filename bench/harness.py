@@ -67,7 +67,7 @@ def build_librabbitmq():
 def build_cargo(name):
     manifest = PEERS / name / "Cargo.toml"
     command("cargo", "build", "--release", "--locked", "--manifest-path", manifest, "--target-dir", BUILT / name)
-    return [BUILT / name / "release" / f"peer-{name}"]
+    return [BUILT / name / "release" / f"{name}-peer"]
 
 
 def build_go():
@@ -144,12 +144,12 @@ def cpu_us(pids):
 class Server:
     """A running server; ends with the `with` block."""
 
-    def __init__(self, words, ready):
+    def __init__(self, words):
         self.process = subprocess.Popen(
             list(map(str, words)), stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         line = self.process.stdout.readline()
-        if ready not in line:
+        if "Awaiting" not in line:
             raise SystemExit(f"{words[0]} is not ready: {line!r}")
 
     def __enter__(self):
@@ -165,7 +165,7 @@ class Server:
 
 
 def run_client(words):
-    """Runs a client to its end; gives its stdout, its CPU time in us and its peak memory in KiB."""
+    """Runs a client to its end; gives its stdout and its CPU time in us."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, timeout=RUN_SECONDS_MAX)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -177,14 +177,34 @@ def run_client(words):
 
 def fibrpc_server(queue, workers, *options):
     words = [FIBRPC, "server", "--url", URL, "--queue", queue, "--workers", workers, "--quiet", *options]
-    return Server(words, "Awaiting")
+    return Server(words)
 
 
 def fibrpc_bench(queue, requests, in_flight, *options):
     """Runs `fibrpc bench`; gives its JSON and its CPU time in us."""
-    words = [FIBRPC, "bench", "--url", URL, "--queue", queue, "--requests", requests, "--concurrency", in_flight]
-    words += ["--warmup", requests // 10 + 1, "--output", "json", *options]
-    stdout, spent = run_client(words)
+    load = ["--queue", queue, *load_of(requests, in_flight)]
+    stdout, spent = run_client([FIBRPC, "bench", "--url", URL, *load, "--output", "json", *options])
+    return json.loads(stdout), spent
+
+
+def load_of(requests, in_flight):
+    """The options for that many calls, after a tenth as many that are not measured."""
+    return ["--requests", requests, "--warmup", warmup_of(requests), "--concurrency", in_flight]
+
+
+def warmup_of(requests):
+    return requests // 10 + 1
+
+
+def peer_server(peer, queue, workers):
+    words = [*peer, "server", "--url", URL, "--queue", queue, "--workers", workers, "--prefetch", 1]
+    return Server(words)
+
+
+def peer_client(peer, queue, requests, in_flight):
+    """Runs a peer's client; gives its JSON and its CPU time in us."""
+    load = ["--queue", queue, *load_of(requests, in_flight), "--argument", 1]
+    stdout, spent = run_client([*peer, "client", "--url", URL, *load])
     return json.loads(stdout), spent
 
 

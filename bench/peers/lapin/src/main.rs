@@ -1,113 +1,190 @@
-//! The RPC with lapin on tokio: one connection, a channel and a task for each worker. lapin sets TCP_NODELAY by itself.
-//! See ../../README.md for the arguments.
+//! Tutorial six (RPC) in Rust with lapin on tokio: the server and the client of the benchmark.
+//!
+//! ```text
+//! lapin-peer server --url URL --queue Q --workers W --prefetch P
+//! lapin-peer client --url URL --queue Q --requests N --warmup M --concurrency C --argument n
+//! ```
+//!
+//! What makes it fast:
+//!
+//! - lapin sets TCP_NODELAY, and writes all frames it has with one system call, in a thread of
+//!   its own. So it is enough to hand frames over without waiting for each one's write: a publish
+//!   hands them over when its future is first polled ([`poll_once`]).
+//! - All tasks share one thread (`current_thread`). There is nothing to compute in parallel at
+//!   small n, and a wake-up across tokio's threads costs more than the work.
 
+#[path = "../../common.rs"]
+mod common;
+
+use common::{CONTENT_TYPE, Options, REPLY_TIMEOUT, Run, answer, arguments, die};
 use futures_lite::StreamExt;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, QueueDeclareOptions};
-use lapin::types::FieldTable;
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
-use std::collections::HashSet;
-use std::time::Instant;
+use futures_lite::future::poll_once;
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, QueueDeclareOptions,
+};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer, Result};
+use std::process::exit;
+use tokio::task::JoinSet;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
-
-fn fib(n: u32) -> u64 {
-    if n < 2 { n.into() } else { fib(n - 1) + fib(n - 2) }
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    let (role, options) = arguments();
+    let done = match role.as_str() {
+        "server" => server(&options).await,
+        "client" => client(&options).await,
+        _ => die(&role, "neither server nor client"),
+    };
+    match done {
+        // Without closing the connection: the broker notices.
+        Ok(code) => exit(code),
+        Err(error) => die(&role, &error.to_string()),
+    }
 }
 
-async fn connect(url: &str) -> Result<Connection> {
-    Ok(Connection::connect(url, ConnectionProperties::default()).await?)
+async fn connect(options: &Options) -> Result<Connection> {
+    Connection::connect(&options.url, ConnectionProperties::default()).await
+}
+
+async fn consume(channel: &Channel, queue: &ShortString, no_ack: bool) -> Result<Consumer> {
+    let options = BasicConsumeOptions {
+        no_ack,
+        ..Default::default()
+    };
+    channel
+        .basic_consume(queue.clone(), "".into(), options, FieldTable::default())
+        .await
+}
+
+// --- Server --------------------------------------------------------------------------------------
+
+async fn server(options: &Options) -> Result<i32> {
+    let connection = connect(options).await?;
+    let queue = ShortString::from(options.queue.as_str());
+    let mut workers = JoinSet::new();
+    for _ in 0..options.workers {
+        let channel = connection.create_channel().await?;
+        let transient = QueueDeclareOptions::default();
+        channel
+            .queue_declare(queue.clone(), transient, FieldTable::default())
+            .await?;
+        channel
+            .basic_qos(options.prefetch, BasicQosOptions::default())
+            .await?;
+        let consumer = consume(&channel, &queue, false).await?;
+        workers.spawn(work(channel, consumer));
+    }
+    println!(" [x] Awaiting RPC requests");
+    match workers.join_next().await {
+        Some(Ok(Err(error))) => Err(error),
+        _ => die("server", "a worker ended"),
+    }
 }
 
 async fn work(channel: Channel, mut requests: Consumer) -> Result<()> {
     while let Some(request) = requests.next().await {
-        let request = request?;
-        let n = std::str::from_utf8(&request.data)?.parse()?;
-        let reply_to = request.properties.reply_to().clone().ok_or("no reply_to")?;
-        let correlation_id = request.properties.correlation_id().clone().ok_or("no correlation_id")?;
-        let properties = BasicProperties::default()
-            .with_correlation_id(correlation_id)
-            .with_content_type("text/plain".into());
-        let answer = fib(n).to_string();
-        // The publish is queued when this returns; what it returns is for publisher confirms.
+        let Delivery {
+            delivery_tag,
+            properties,
+            data,
+            ..
+        } = request?;
+        let reply_to = properties.reply_to().clone().unwrap_or_default();
+        let mut reply = BasicProperties::default().with_content_type(CONTENT_TYPE.into());
+        if let Some(id) = properties.correlation_id() {
+            reply = reply.with_correlation_id(id.clone());
+        }
+        let body = answer(&data);
+        let options = BasicPublishOptions::default();
+        // This waits until the reply is written. It must: lapin lets methods such as the ack
+        // overtake messages in its queue, and the ack is to come second.
         channel
-            .basic_publish("".into(), reply_to, BasicPublishOptions::default(), answer.as_bytes(), properties)
+            .basic_publish("".into(), reply_to, options, body.as_bytes(), reply)
             .await?;
-        request.ack(BasicAckOptions::default()).await?;
-    }
-    Err("the channel is closed".into())
-}
-
-async fn server(url: &str, queue: &str, workers: usize) -> Result<()> {
-    let connection = connect(url).await?;
-    let mut tasks = Vec::new();
-    for _ in 0..workers {
-        let channel = connection.create_channel().await?;
-        channel.queue_declare(queue.into(), QueueDeclareOptions::default(), FieldTable::default()).await?;
-        channel.basic_qos(1, BasicQosOptions::default()).await?;
-        let requests = channel
-            .basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default())
-            .await?;
-        tasks.push(tokio::spawn(work(channel, requests)));
-    }
-    println!("ready");
-    for task in tasks {
-        task.await??;
+        // The ack need not have been written before the next request is looked at.
+        poll_once(channel.basic_ack(delivery_tag, BasicAckOptions::default()))
+            .await
+            .transpose()?;
     }
     Ok(())
 }
 
-async fn run(
-    channel: &Channel,
-    queue: &str,
-    callback: &str,
-    replies: &mut Consumer,
-    requests: usize,
-    in_flight: usize,
-) -> Result<f64> {
-    let mut open = HashSet::new();
-    let begin = Instant::now();
-    let mut sent = 0;
-    for answered in 0..requests {
-        while sent < requests && sent - answered < in_flight {
-            let properties = BasicProperties::default()
-                .with_correlation_id(sent.to_string().into())
-                .with_reply_to(callback.into())
-                .with_content_type("text/plain".into());
-            channel
-                .basic_publish("".into(), queue.into(), BasicPublishOptions::default(), b"1", properties)
-                .await?;
-            open.insert(sent);
-            sent += 1;
-        }
-        let reply = replies.next().await.ok_or("the channel is closed")??;
-        let id = reply.properties.correlation_id().as_ref().ok_or("no correlation_id")?;
-        if !open.remove(&id.as_str().parse()?) || reply.data != b"1" {
-            return Err("a wrong answer".into());
-        }
-    }
-    Ok(begin.elapsed().as_secs_f64())
-}
+// --- Client --------------------------------------------------------------------------------------
 
-async fn client(url: &str, queue: &str, requests: usize, in_flight: usize) -> Result<()> {
-    let connection = connect(url).await?;
+async fn client(options: &Options) -> Result<i32> {
+    let connection = connect(options).await?;
     let channel = connection.create_channel().await?;
-    let exclusive = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
-    let declared = channel.queue_declare("".into(), exclusive, FieldTable::default()).await?;
-    let callback = declared.name().as_str();
-    let no_ack = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-    let mut replies = channel.basic_consume(callback.into(), "".into(), no_ack, FieldTable::default()).await?;
-    run(&channel, queue, callback, &mut replies, requests / 10 + 1, in_flight).await?;
-    println!("{:.6}", run(&channel, queue, callback, &mut replies, requests, in_flight).await?);
-    Ok(())
+    let own = QueueDeclareOptions {
+        exclusive: true,
+        auto_delete: true,
+        ..Default::default()
+    };
+    let callback = channel
+        .queue_declare("".into(), own, FieldTable::default())
+        .await?;
+    let mut replies = consume(&channel, callback.name(), true).await?;
+
+    let caller = Caller {
+        channel,
+        queue: options.queue.as_str().into(),
+        body: options.argument.to_string(),
+        properties: BasicProperties::default()
+            .with_content_type(CONTENT_TYPE.into())
+            .with_reply_to(callback.name().clone()),
+    };
+    caller
+        .call(&mut replies, Run::start(0, options.warmup, options))
+        .await?;
+    let run = Run::start(options.warmup, options.requests, options);
+    Ok(caller.call(&mut replies, run).await?.report())
 }
 
-#[tokio::main]
-async fn main() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    match arguments[..] {
-        ["server", url, queue, workers] => server(url, queue, workers.parse()?).await,
-        ["client", url, queue, requests, in_flight] => client(url, queue, requests.parse()?, in_flight.parse()?).await,
-        _ => Err("see bench/peers/README.md".into()),
+struct Caller {
+    channel: Channel,
+    queue: ShortString,
+    body: String,
+    properties: BasicProperties,
+}
+
+impl Caller {
+    async fn call(&self, replies: &mut Consumer, mut run: Run) -> Result<Run> {
+        while !run.is_done() {
+            while let Some(id) = run.next_id() {
+                self.send(id).await?;
+            }
+            let Ok(reply) = tokio::time::timeout(REPLY_TIMEOUT, replies.next()).await else {
+                die("client", "no reply came in time");
+            };
+            take(&mut run, reply)?;
+            // All that have come in, so that the next requests can leave together, too.
+            while let Some(reply) = poll_once(replies.next()).await {
+                take(&mut run, reply)?;
+            }
+        }
+        Ok(run)
     }
+
+    async fn send(&self, id: String) -> Result<()> {
+        let publish = self.channel.basic_publish(
+            "".into(),
+            self.queue.clone(),
+            BasicPublishOptions::default(),
+            self.body.as_bytes(),
+            self.properties.clone().with_correlation_id(id.into()),
+        );
+        poll_once(publish).await.transpose().map(drop)
+    }
+}
+
+fn take(run: &mut Run, reply: Option<Result<Delivery>>) -> Result<()> {
+    let Some(reply) = reply.transpose()? else {
+        die(
+            "client",
+            "the broker cancelled the callback queue's consumer",
+        );
+    };
+    let id = reply.properties.correlation_id().as_ref();
+    run.take(id.map(ShortString::as_str), &reply.data);
+    Ok(())
 }
