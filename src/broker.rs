@@ -43,6 +43,7 @@ mod reply_code {
     pub const NOT_FOUND: u16 = 404;
     pub const RESOURCE_LOCKED: u16 = 405;
     pub const PRECONDITION_FAILED: u16 = 406;
+    pub const NOT_ALLOWED: u16 = 530;
     pub const INTERNAL_ERROR: u16 = 541;
 }
 
@@ -492,6 +493,13 @@ impl Endpoint {
                 "it refused the user '{}' (wrong password? or still starting?)",
                 self.user
             ))),
+            Err(error) if code(&error) == Some(reply_code::NOT_ALLOWED) => {
+                Err(Failure::new(format!(
+                    "{}; `rabbitmqctl add_vhost` and `set_permissions` change that, or name another \
+                     virtual host at the end of the URL",
+                    describe(&error)
+                )))
+            }
             Err(error) => Err(Failure::new(format!(
                 "AMQP handshake: {}",
                 describe(&error)
@@ -693,15 +701,27 @@ fn code(error: &amiquip::Error) -> Option<u16> {
 }
 
 fn on_queue(queue: &str, error: &amiquip::Error) -> Error {
-    match code(error) {
-        Some(
-            reply_code::ACCESS_REFUSED
-            | reply_code::RESOURCE_LOCKED
-            | reply_code::PRECONDITION_FAILED
-            // What RabbitMQ 4.3 says when it is configured to refuse transient queues.
-            | reply_code::INTERNAL_ERROR,
-        ) => Error::QueueRefused { queue: queue.to_owned(), reason: describe(error) },
-        _ => Error::ConnectionLost { reason: describe(error) },
+    let said = describe(error);
+    let way_out = match code(error) {
+        Some(reply_code::ACCESS_REFUSED) => {
+            "a server needs the permissions configure, write and read \
+             (rabbitmqctl set_permissions), a client needs to write"
+        }
+        Some(reply_code::RESOURCE_LOCKED) => {
+            "another connection has declared it for itself alone; choose another name"
+        }
+        Some(reply_code::PRECONDITION_FAILED) => {
+            "somebody declares it otherwise at this very moment; try again"
+        }
+        // What RabbitMQ says, from 4.3, when it is configured to refuse transient queues.
+        Some(reply_code::INTERNAL_ERROR) => {
+            "if it refuses transient queues, declare a classic or a quorum queue"
+        }
+        _ => return Error::ConnectionLost { reason: said },
+    };
+    Error::QueueRefused {
+        queue: queue.to_owned(),
+        reason: format!("{said}; {way_out}"),
     }
 }
 

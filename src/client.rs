@@ -21,11 +21,11 @@ use crate::frame::{Properties, Publish, SHORT_STRING_MAX, put_consume, put_publi
 use crate::inbox::{Inbox, Sink};
 use crate::socket::{Never, NotSent, Outbox};
 use crate::wire;
-use amiquip::{ConnectionBlockedNotification, QueueDeclareOptions};
+use amiquip::{Channel, ConnectionBlockedNotification, QueueDeclareOptions};
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -601,12 +601,11 @@ struct Pending {
 }
 
 impl Pending {
-    /// Whether it is time to send it again; if so, the next time is set.
+    /// Whether it is time to send it again; if so, the next time will be after twice as long.
     fn is_overdue(&mut self, now: Instant) -> bool {
         match &mut self.resend {
             Some((at, after)) if now >= *at => {
                 *after *= 2;
-                *at = now + *after;
                 true
             }
             _ => false,
@@ -621,7 +620,10 @@ struct Link {
     since: Instant,
     inbox: Arc<Inbox>,
     outbox: Arc<Outbox>,
-    channel: u16,
+    /// The channel that consumes the callback queue.
+    consumes_on: u16,
+    /// The channel that requests are published on: the same, until one of them has been overdue.
+    publishes_on: AtomicU16,
     /// The callback queue.
     reply_to: String,
     /// The way to the keeper, for what is about the channel and not about a call.
@@ -631,6 +633,8 @@ struct Link {
 }
 
 impl Link {
+    /// To be called with the outbox locked: so a channel that nothing is published on any more can
+    /// be closed.
     fn encode(&self, queue: &str, id: CorrelationId, pending: &Unsent, out: &mut Vec<u8>) {
         let correlation_id = id.to_string();
         // At least 1: a message that expires in 0 ms is only delivered to a consumer that is
@@ -652,7 +656,11 @@ impl Link {
             },
             body: &pending.request,
         };
-        put_publish(out, self.channel, &message);
+        put_publish(out, self.publishes_on.load(Ordering::Relaxed), &message);
+    }
+
+    fn blocked(&self) -> MutexGuard<'_, Option<String>> {
+        self.blocked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -823,11 +831,7 @@ impl Shared {
                 last_error: state.last_error.clone(),
             },
             (Some(link), pending) => {
-                let blocked = link
-                    .blocked
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .clone();
+                let blocked = link.blocked().clone();
                 let fresh = |at: Instant| at.elapsed() <= 2 * DIAGNOSIS_TIME;
                 match (blocked, pending, state.queue) {
                     (Some(reason), _, _) => WaitingFor::BlockedBroker { reason },
@@ -1109,12 +1113,14 @@ impl Keeper {
             since: Instant::now(),
             inbox: Arc::clone(&connection.inbox),
             outbox: Arc::clone(&connection.outbox),
-            channel: channel.channel_id(),
+            consumes_on: channel.channel_id(),
+            publishes_on: AtomicU16::new(channel.channel_id()),
             reply_to,
             news,
             blocked: Mutex::new(None),
         });
-        let end = self.serve(&link, connection, told);
+        let mut publishing = None; // outlives the connection as well
+        let end = self.serve(&link, connection, told, &mut publishing);
         self.shared.report_broken(link.generation);
         // Before the channel is dropped: then that has nothing to wait for.
         let closed = connection.close();
@@ -1148,10 +1154,17 @@ impl Keeper {
     }
 
     /// Does what callers ask for, until the link ends.
-    fn serve(&self, link: &Link, connection: &mut Connection, told: &Receiver<Arrival>) -> End {
+    fn serve(
+        &self,
+        link: &Link,
+        connection: &mut Connection,
+        told: &Receiver<Arrival>,
+        publishing: &mut Option<Channel>,
+    ) -> End {
+        let mut looked = Instant::now();
         let mut unsent = false;
         loop {
-            let wake_after = match self.shared.config.resend_after {
+            let interval = match self.shared.config.resend_after {
                 _ if unsent => RETRY_INTERVAL,
                 Some(after) => after.clamp(RETRY_INTERVAL, RESEND_INTERVAL),
                 _ => FAR_FUTURE,
@@ -1160,17 +1173,19 @@ impl Keeper {
                 recv(self.kicked) -> _ => {}
                 recv(connection.down) -> _ => return End::Lost,
                 recv(told) -> news => match news {
-                    // Of a channel on which we have asked after the queue.
-                    Ok(Arrival::Channel(channel, _)) if channel != link.channel => {}
+                    // Of a channel on which we have asked after the queue, or published.
+                    Ok(Arrival::Channel(channel, _))
+                        if channel != link.consumes_on
+                            && channel != link.publishes_on.load(Ordering::Relaxed) => {}
                     // Nothing else that we are told now means that all is well.
                     _ => return End::Lost,
                 },
                 recv(connection.blocked) -> notice => match notice {
-                    Ok(ConnectionBlockedNotification::Blocked(reason)) => self.block(link, Some(reason)),
-                    Ok(ConnectionBlockedNotification::Unblocked) => self.block(link, None),
+                    Ok(ConnectionBlockedNotification::Blocked(reason)) => *link.blocked() = Some(reason),
+                    Ok(ConnectionBlockedNotification::Unblocked) => *link.blocked() = None,
                     Err(_) => return End::Lost,
                 },
-                default(wake_after) => self.send_unsent(link),
+                default(interval.saturating_sub(looked.elapsed())) => {}
             }
             let mut state = self.shared.lock();
             if state.closing {
@@ -1182,24 +1197,64 @@ impl Keeper {
             unsent = state.pending.values().any(|pending| pending.sent_on == 0);
             let asked = std::mem::take(&mut state.asked_after_queue);
             drop(state);
+            if looked.elapsed() >= interval {
+                looked = Instant::now();
+                // What a closed channel leaves to be told must not be taken for news of a new one
+                // that gets its number.
+                if told.is_empty()
+                    && self.give_up_overdue(link)
+                    && self.change_channel(link, connection, publishing).is_err()
+                {
+                    return End::Lost;
+                }
+                self.send_unsent(link);
+            }
             if asked {
                 self.look_at_queue(link, connection);
             }
         }
     }
 
-    fn block(&self, link: &Link, reason: Option<String>) {
-        *link.blocked.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    /// Has what is overdue sent again; whether anything is.
+    fn give_up_overdue(&self, link: &Link) -> bool {
+        if link.blocked().is_some() {
+            return false; // the broker has not read it yet, and would not read it again
+        }
+        let (mut overdue, now) = (0, Instant::now());
+        for pending in self.shared.lock().pending.values_mut() {
+            if pending.sent_on == link.generation && pending.is_overdue(now) {
+                pending.sent_on = 0;
+                overdue += 1;
+            }
+        }
+        let stats = &self.shared.stats;
+        stats.republished.fetch_add(overdue, Ordering::Relaxed);
+        overdue > 0
+    }
+
+    /// Opens another channel to publish on. A quorum queue takes what a channel publishes in
+    /// sequence; if a part of that is lost with a node, it keeps what follows until the channel is
+    /// closed.
+    fn change_channel(
+        &self,
+        link: &Link,
+        connection: &mut Connection,
+        publishing: &mut Option<Channel>,
+    ) -> Result<(), amiquip::Error> {
+        if self.shared.config.reply_to == ReplyTo::Direct {
+            return Ok(()); // replies come to the channel that publishes
+        }
+        let channel = connection.open_channel()?;
+        link.publishes_on
+            .store(channel.channel_id(), Ordering::Relaxed);
+        let _fuse = connection.outbox.fuse(broker::SETUP_TIME);
+        drop(publishing.replace(channel)); // closes the one before
+        Ok(())
     }
 
     /// Finds out about the queue for those whose deadline is near.
     fn look_at_queue(&self, link: &Link, connection: &mut Connection) {
-        let blocked = link
-            .blocked
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some();
-        if blocked {
+        if link.blocked().is_some() {
             return; // the broker would not read the question
         }
         match broker::queue_status(connection, &self.shared.config.queue) {
@@ -1210,12 +1265,14 @@ impl Keeper {
 
     /// Sends what is pending and was not sent on this link.
     fn send_unsent(&self, link: &Link) {
-        let mut unsent = Vec::new();
-        let now = Instant::now();
+        let (mut unsent, now) = (Vec::new(), Instant::now());
         for (&id, pending) in &mut self.shared.lock().pending {
-            if pending.sent_on < link.generation || pending.is_overdue(now) {
+            if pending.sent_on < link.generation {
                 let again = pending.sent_on > 0;
                 (pending.sent_on, pending.returned) = (link.generation, false);
+                if let Some((at, after)) = &mut pending.resend {
+                    *at = now + *after;
+                }
                 let message = Unsent {
                     request: Arc::clone(&pending.request),
                     deadline: pending.deadline,

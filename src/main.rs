@@ -86,9 +86,10 @@ fn class(error: &Error) -> (&'static str, u8) {
 
 fn print_hint(error: &Error) {
     let hint = match error {
-        Error::Unreachable { .. } => {
-            "is RabbitMQ running there? `make broker` starts one; --url or AMQP_URL names another"
-        }
+        // Otherwise the broker was reached, and refused us.
+        Error::Unreachable {
+            source: Some(_), ..
+        } => "is RabbitMQ running there? `make broker` starts one; --url or AMQP_URL names another",
         Error::NoServer { .. } => "start one with `fibrpc server`, or wait with --wait-for-server",
         _ => return,
     };

@@ -5,7 +5,7 @@ use crate::support::{
     PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server, unique, url,
 };
 use amiquip::QueueDeclareOptions;
-use fibrpc::{Client, ClientConfig, Error, WaitingFor};
+use fibrpc::{Client, ClientConfig, Error, ReplyTo, WaitingFor};
 use std::net::TcpListener;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -468,5 +468,33 @@ fn client_lifetimes_and_reconnects_leave_nothing_behind() {
             after.0 < before.0 + 200 && after.1 < before.1 + 100,
             "{before:?} -> {after:?}"
         );
+    }
+}
+
+#[test]
+fn a_request_that_was_purged_is_sent_again_if_the_client_is_told_to() {
+    for reply_to in [ReplyTo::Queue, ReplyTo::Direct] {
+        let queue = unique("purged");
+        let peer = Peer::connect(&url());
+        peer.channel
+            .queue_declare(&*queue, QueueDeclareOptions::default())
+            .unwrap();
+        let mut config = ClientConfig::default();
+        config.endpoints = url().parse().unwrap();
+        config.queue.clone_from(&queue);
+        config.timeout = PATIENCE;
+        config.reply_to = reply_to;
+        config.resend_after = Some(Duration::from_millis(300));
+        let client = Client::new(config).unwrap();
+        let call = begin(&client, "20");
+        // Twice: what is sent again can be lost again.
+        for _ in 0..2 {
+            eventually("the request is in the queue", || peer.count(&queue).0 > 0);
+            peer.channel.queue_purge(&*queue).unwrap();
+        }
+        let _server = server(&url(), &queue, &["--workers", "1"]);
+        assert_eq!(call.join().unwrap().unwrap(), b"6765", "{reply_to:?}");
+        assert!(client.stats().republished >= 2, "{:?}", client.stats());
+        assert_eq!(client.stats().connections, 1);
     }
 }
