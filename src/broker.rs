@@ -525,7 +525,9 @@ pub(crate) fn describe(error: &amiquip::Error) -> String {
     match error {
         amiquip::Error::ServerClosedConnection { code, message }
         | amiquip::Error::ServerClosedChannel { code, message, .. } => {
-            format!("the broker said {code} {message}")
+            // Some of its texts have several lines.
+            let words: Vec<_> = message.split_whitespace().collect();
+            format!("the broker said {code} {}", words.join(" "))
         }
         amiquip::Error::IoErrorReadingSocket { source }
         | amiquip::Error::IoErrorWritingSocket { source } => source.to_string(),
@@ -715,7 +717,7 @@ fn on_queue(queue: &str, error: &amiquip::Error) -> Error {
         }
         // What RabbitMQ says, from 4.3, when it is configured to refuse transient queues.
         Some(reply_code::INTERNAL_ERROR) => {
-            "if it refuses transient queues, declare a classic or a quorum queue"
+            "if it refuses transient queues, declare another type (--queue-type classic or quorum)"
         }
         _ => return Error::ConnectionLost { reason: said },
     };

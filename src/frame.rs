@@ -35,7 +35,7 @@ const BASIC_PUBLISH: u16 = 40;
 pub(crate) const BASIC_RETURN: u16 = 50;
 pub(crate) const BASIC_DELIVER: u16 = 60;
 const BASIC_ACK: u16 = 80;
-const BASIC_REJECT: u16 = 90;
+const BASIC_NACK: u16 = 120;
 
 /// The tag of our consumers. Tags need to differ within a channel only, and none of ours has two.
 const CONSUMER_TAG: &[u8] = b"fibrpc";
@@ -92,11 +92,14 @@ pub(crate) fn put_ack(out: &mut Vec<u8>, channel: u16, delivery_tag: u64) {
     });
 }
 
-/// Appends `basic.reject`, which puts one delivery back into its queue.
+/// Appends `basic.nack`, which puts one delivery back into its queue. To a quorum queue, from
+/// RabbitMQ 4.3, `basic.reject` would mean that it was tried and failed, and a message that has
+/// failed 20 times is dropped.
+/// Source: <https://www.rabbitmq.com/docs/4.3/nack>.
 pub(crate) fn put_requeue(out: &mut Vec<u8>, channel: u16, delivery_tag: u64) {
-    put_method(out, channel, BASIC_REJECT, |out| {
+    put_method(out, channel, BASIC_NACK, |out| {
         out.extend_from_slice(&delivery_tag.to_be_bytes());
-        out.push(1); // requeue
+        out.push(0b10); // requeue; this one only
     });
 }
 
@@ -287,7 +290,7 @@ mod tests {
         let frames = parse_all(&out);
         let [
             AMQPFrame::Method(7, AMQPClass::Basic(AMQPMethod::Ack(ack))),
-            AMQPFrame::Method(7, AMQPClass::Basic(AMQPMethod::Reject(reject))),
+            AMQPFrame::Method(7, AMQPClass::Basic(AMQPMethod::Nack(nack))),
             AMQPFrame::Method(7, AMQPClass::Basic(AMQPMethod::Qos(qos))),
             AMQPFrame::Method(7, AMQPClass::Basic(AMQPMethod::Consume(consume))),
             AMQPFrame::Method(7, AMQPClass::Basic(AMQPMethod::Cancel(cancel))),
@@ -296,7 +299,10 @@ mod tests {
             panic!("unexpected frames: {frames:?}");
         };
         assert_eq!((ack.delivery_tag, ack.multiple), (u64::MAX, false));
-        assert_eq!((reject.delivery_tag, reject.requeue), (3, true));
+        assert_eq!(
+            (nack.delivery_tag, nack.multiple, nack.requeue),
+            (3, false, true)
+        );
         assert_eq!(
             (qos.prefetch_size, qos.prefetch_count, qos.global),
             (0, 16, false)
