@@ -11,6 +11,7 @@ use crate::frame::{
     BASIC_CANCEL, BASIC_CANCEL_OK, BASIC_CONSUME_OK, BASIC_DELIVER, BASIC_RETURN, BODY,
     CLASS_BASIC, END, HEADER, METHOD, OVERHEAD, PREFIX_LEN,
 };
+use std::fmt;
 
 const CLASS_CONNECTION: u16 = 10;
 const CONNECTION_CLOSE: u16 = 50;
@@ -67,7 +68,7 @@ pub(crate) enum ChannelNews {
     /// It does not consume any more: its queue is gone.
     QueueGone,
     /// The broker closed it, for this reason. amiquip is told as well, since it has to answer.
-    Closed(String),
+    Closed(Goodbye),
 }
 
 /// The properties of a message that we read, verbatim: any bytes that the peer chose.
@@ -175,11 +176,19 @@ pub(crate) fn frame_len(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
     }
 }
 
-/// Why the broker closes a connection.
+/// Why the broker closes a connection or a channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Goodbye {
     pub code: u16,
     pub text: String,
+}
+
+impl fmt::Display for Goodbye {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Some of RabbitMQ's texts have several lines.
+        let words: Vec<_> = self.text.split_whitespace().collect();
+        write!(f, "the broker said {} {}", self.code, words.join(" "))
+    }
 }
 
 impl Goodbye {
@@ -279,11 +288,8 @@ impl Assembler {
             (CLASS_CHANNEL, CHANNEL_CLOSE | CHANNEL_CLOSE_OK) => {
                 self.unfinished
                     .retain(|unfinished| unfinished.channel != channel);
-                (method == CHANNEL_CLOSE).then(|| {
-                    let Goodbye { code, text } = cursor.goodbye();
-                    let reason = format!("the broker said {code} {text}");
-                    Arrival::Channel(channel, ChannelNews::Closed(reason))
-                })
+                (method == CHANNEL_CLOSE)
+                    .then(|| Arrival::Channel(channel, ChannelNews::Closed(cursor.goodbye())))
             }
             _ => None,
         };
@@ -562,11 +568,14 @@ mod tests {
         );
         put_delivery(&mut out, 1, 2, Properties::default(), b"");
         let taken = take_all(&mut Assembler::default(), &out).unwrap();
-        let reason = "the broker said 404 gone".to_owned();
+        let goodbye = Goodbye {
+            code: 404,
+            text: "gone".to_owned(),
+        };
         assert_eq!(
             taken[1],
             Taken {
-                arrival: Some(Arrival::Channel(1, ChannelNews::Closed(reason))),
+                arrival: Some(Arrival::Channel(1, ChannelNews::Closed(goodbye))),
                 pass_on: true
             }
         );

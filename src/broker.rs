@@ -525,9 +525,8 @@ pub(crate) fn describe(error: &amiquip::Error) -> String {
     match error {
         amiquip::Error::ServerClosedConnection { code, message }
         | amiquip::Error::ServerClosedChannel { code, message, .. } => {
-            // Some of its texts have several lines.
-            let words: Vec<_> = message.split_whitespace().collect();
-            format!("the broker said {code} {}", words.join(" "))
+            let (code, text) = (*code, message.clone());
+            Goodbye { code, text }.to_string()
         }
         amiquip::Error::IoErrorReadingSocket { source }
         | amiquip::Error::IoErrorWritingSocket { source } => source.to_string(),
@@ -704,27 +703,34 @@ fn code(error: &amiquip::Error) -> Option<u16> {
 
 fn on_queue(queue: &str, error: &amiquip::Error) -> Error {
     let said = describe(error);
-    let way_out = match code(error) {
-        Some(reply_code::ACCESS_REFUSED) => {
-            "a server needs the permissions configure, write and read \
-             (rabbitmqctl set_permissions), a client needs to write"
+    code(error)
+        .and_then(|code| refusal(queue, code, &said))
+        .unwrap_or(Error::ConnectionLost { reason: said })
+}
+
+/// What it means for a queue that the broker says no; `None` if it is not about the queue.
+pub(crate) fn refusal(queue: &str, code: u16, said: &str) -> Option<Error> {
+    let way_out = match code {
+        reply_code::ACCESS_REFUSED => {
+            "a server needs the permissions configure, write and read, a client configure and read \
+             for amq.gen-*, write for amq.default (rabbitmqctl set_permissions)"
         }
-        Some(reply_code::RESOURCE_LOCKED) => {
+        reply_code::RESOURCE_LOCKED => {
             "another connection has declared it for itself alone; choose another name"
         }
-        Some(reply_code::PRECONDITION_FAILED) => {
+        reply_code::PRECONDITION_FAILED => {
             "somebody declares it otherwise at this very moment; try again"
         }
         // What RabbitMQ says, from 4.3, when it is configured to refuse transient queues.
-        Some(reply_code::INTERNAL_ERROR) => {
+        reply_code::INTERNAL_ERROR => {
             "if it refuses transient queues, declare another type (--queue-type classic or quorum)"
         }
-        _ => return Error::ConnectionLost { reason: said },
+        _ => return None,
     };
-    Error::QueueRefused {
+    Some(Error::QueueRefused {
         queue: queue.to_owned(),
         reason: format!("{said}; {way_out}"),
-    }
+    })
 }
 
 /// A random number from the operating system.

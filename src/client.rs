@@ -14,7 +14,7 @@
 //! then the request runs twice. So publishing again, under the same correlation id, adds no new
 //! kind of surprise, and a reply whose correlation id nobody knows (any more) is dropped.
 
-use crate::arrival::{Arrival, ChannelNews, Message};
+use crate::arrival::{Arrival, ChannelNews, Goodbye, Message};
 use crate::broker::{self, Backoff, Connection, Endpoints, random};
 use crate::error::{Error, QueueStatus, WaitingFor};
 use crate::frame::{Properties, Publish, SHORT_STRING_MAX, put_consume, put_publish};
@@ -52,6 +52,9 @@ const COLLECT_TIME: Duration = Duration::from_micros(500);
 
 /// How long dropping the last handle waits for an orderly close.
 const CLOSE_TIME: Duration = Duration::from_millis(200);
+
+/// What is said of a lost connection when nothing more is known.
+const GONE: &str = "the connection is gone";
 
 /// Where replies are to be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -950,8 +953,8 @@ enum Duty {
 
 /// How a link ended.
 enum End {
-    /// The connection, its channel or the callback queue is gone.
-    Lost,
+    /// The connection, its channel or the callback queue is gone, for this reason.
+    Lost(String),
     /// The client is being closed.
     Closing,
 }
@@ -1102,10 +1105,10 @@ impl Keeper {
         select! {
             recv(told) -> news => match news {
                 Ok(Arrival::Channel(_, ChannelNews::Consuming)) => {}
-                Ok(Arrival::Channel(_, ChannelNews::Closed(reason))) => return Err(reason),
+                Ok(Arrival::Channel(_, ChannelNews::Closed(goodbye))) => return Err(goodbye.to_string()),
                 other => return Err(format!("the broker answered basic.consume with {other:?}")),
             },
-            recv(connection.down) -> _ => return Err("the connection is gone".to_owned()),
+            recv(connection.down) -> _ => return Err(GONE.to_owned()),
         }
         drop(fuse);
         let link = self.link_up(Link {
@@ -1126,9 +1129,7 @@ impl Keeper {
         let closed = connection.close();
         match end {
             End::Closing => Ok(()),
-            End::Lost => {
-                Err(closed.map_or_else(describe, |()| "the callback queue is gone".to_owned()))
-            }
+            End::Lost(reason) => Err(closed.map_or_else(describe, |()| reason)),
         }
     }
 
@@ -1171,19 +1172,22 @@ impl Keeper {
             };
             select! {
                 recv(self.kicked) -> _ => {}
-                recv(connection.down) -> _ => return End::Lost,
+                recv(connection.down) -> _ => return End::Lost(GONE.to_owned()),
                 recv(told) -> news => match news {
                     // Of a channel on which we have asked after the queue, or published.
                     Ok(Arrival::Channel(channel, _))
                         if channel != link.consumes_on
                             && channel != link.publishes_on.load(Ordering::Relaxed) => {}
+                    Ok(Arrival::Channel(_, ChannelNews::Closed(goodbye))) => {
+                        return self.sent_away(&goodbye);
+                    }
                     // Nothing else that we are told now means that all is well.
-                    _ => return End::Lost,
+                    _ => return End::Lost("the callback queue is gone".to_owned()),
                 },
                 recv(connection.blocked) -> notice => match notice {
                     Ok(ConnectionBlockedNotification::Blocked(reason)) => *link.blocked() = Some(reason),
                     Ok(ConnectionBlockedNotification::Unblocked) => *link.blocked() = None,
-                    Err(_) => return End::Lost,
+                    Err(_) => return End::Lost(GONE.to_owned()),
                 },
                 default(interval.saturating_sub(looked.elapsed())) => {}
             }
@@ -1192,7 +1196,7 @@ impl Keeper {
                 return End::Closing;
             }
             if state.broken >= link.generation {
-                return End::Lost;
+                return End::Lost(GONE.to_owned());
             }
             unsent = state.pending.values().any(|pending| pending.sent_on == 0);
             let asked = std::mem::take(&mut state.asked_after_queue);
@@ -1203,9 +1207,9 @@ impl Keeper {
                 // that gets its number.
                 if told.is_empty()
                     && self.give_up_overdue(link)
-                    && self.change_channel(link, connection, publishing).is_err()
+                    && let Err(error) = self.change_channel(link, connection, publishing)
                 {
-                    return End::Lost;
+                    return End::Lost(describe(error));
                 }
                 self.send_unsent(link);
             }
@@ -1213,6 +1217,16 @@ impl Keeper {
                 self.look_at_queue(link, connection);
             }
         }
+    }
+
+    /// The broker has closed the channel. If that was to say that we may not publish, it would say
+    /// so again, and all calls end with it.
+    fn sent_away(&self, goodbye: &Goodbye) -> End {
+        let reason = goodbye.to_string();
+        if let Some(refusal) = broker::refusal(&self.shared.config.queue, goodbye.code, &reason) {
+            self.shared.fail_pending(|_| true, &refusal);
+        }
+        End::Lost(reason)
     }
 
     /// Has what is overdue sent again; whether anything is.

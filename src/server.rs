@@ -679,7 +679,7 @@ impl<T> Supervisor<'_, T> {
                             return End::Lost(reason);
                         }
                     }
-                    ChannelNews::Closed(reason) => return End::Lost(reason),
+                    ChannelNews::Closed(goodbye) => return End::Lost(goodbye.to_string()),
                     ChannelNews::Cancelled => {} // not asked for yet
                 },
                 Ok(News::Channel(..) | News::Finished) => {}
@@ -787,7 +787,7 @@ impl<T> Supervisor<'_, T> {
                             cancelled += 1;
                             continue;
                         }
-                        ChannelNews::Closed(reason) => reason,
+                        ChannelNews::Closed(goodbye) => goodbye.to_string(),
                         ChannelNews::Consuming | ChannelNews::QueueGone => continue,
                     },
                     _ => continue,

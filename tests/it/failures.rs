@@ -278,6 +278,23 @@ fn a_channel_error_is_told_and_the_server_comes_back_when_its_cause_is_gone() {
 }
 
 #[test]
+fn a_caller_that_may_not_publish_is_told_at_once_what_it_lacks() {
+    let broker = PrivateBroker::start();
+    broker.ctl(&["add_user", "limited", "secret-of-the-test"]);
+    broker.ctl(&["set_permissions", "limited", ".*", "^amq.gen", ".*"]);
+    let url = broker
+        .url
+        .replace("guest:guest", "limited:secret-of-the-test");
+    let queue = unique("may-not");
+    let _server = server(&broker.url, &queue, &["--workers", "1"]);
+    let call = run(fibrpc(&url, &queue).args(["call", "10"]));
+    assert_eq!(call.code(), Some(6), "{}", call.stderr);
+    assert!(call.stderr.contains("403"), "{}", call.stderr);
+    assert!(call.stderr.contains("set_permissions"), "{}", call.stderr);
+    assert!(!call.stderr.contains("secret"), "{}", call.stderr);
+}
+
+#[test]
 fn server_and_patient_caller_may_be_there_before_the_broker() {
     let mut broker = PrivateBroker::start();
     broker.kill();
