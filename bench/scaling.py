@@ -134,7 +134,7 @@ def million():
         after = resident_kib(server.process.pid, "VmRSS")
     quarter = memory[len(memory) // 4]
     return table(
-        ["one million calls", "after 1%/25%, KiB", "at the end, KiB"],
+        ["one million calls", "early on, KiB", "at the end, KiB"],
         [["server", thousands(before), thousands(after)], ["client", thousands(quarter), thousands(memory[-1])]],
     )
 

@@ -60,13 +60,17 @@ fn fail(error: &anyhow::Error) -> ExitCode {
         // Whoever read our output has enough.
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {error:#}");
     match error.downcast_ref::<Error>() {
         Some(error) => {
+            // It tells of its source itself.
+            eprintln!("error: {error}");
             print_hint(error);
             ExitCode::from(class(error).1)
         }
-        None => ExitCode::FAILURE,
+        None => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 
