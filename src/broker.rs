@@ -508,6 +508,14 @@ impl Endpoint {
     }
 }
 
+/// A time that does not come, and that can be added to any other.
+pub(crate) const FAR_FUTURE: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// So long after that; no time is too long.
+pub(crate) fn after(start: Instant, time: Duration) -> Instant {
+    start + time.min(FAR_FUTURE)
+}
+
 /// The time until a deadline; never zero, which some system calls take for "no limit".
 fn time_left(deadline: Instant) -> Duration {
     deadline
@@ -586,10 +594,10 @@ pub(crate) fn declare_request_queue(
         if queue_status(connection, queue)?.is_some() {
             return Ok(());
         }
+        let _fuse = connection.outbox.fuse(SETUP_TIME); // outlives the channel
         let channel = connection
             .open_channel()
             .map_err(|error| on_queue(queue, &error))?;
-        let _fuse = connection.outbox.fuse(SETUP_TIME);
         match channel.queue_declare(queue, queue_type.declaration()) {
             Ok(_) => return Ok(()),
             Err(error) if code(&error) == Some(reply_code::PRECONDITION_FAILED) => {
@@ -625,11 +633,11 @@ pub(crate) fn queue_status(
     connection: &mut Connection,
     queue: &str,
 ) -> Result<Option<QueueStatus>, Error> {
+    let _fuse = connection.outbox.fuse(SETUP_TIME); // outlives the channel
     // Its own channel, which the broker closes if the queue does not exist.
     let channel = connection
         .open_channel()
         .map_err(|error| on_queue(queue, &error))?;
-    let _fuse = connection.outbox.fuse(SETUP_TIME);
     match channel.queue_declare_passive(queue) {
         Ok(found) => Ok(Some(QueueStatus {
             consumers: found.declared_consumer_count().unwrap_or(0),
@@ -664,7 +672,7 @@ impl Status {
     /// [`Error::Unreachable`] if none does within `timeout`; [`Error::QueueRefused`] if we may not
     /// know of the queue; [`Error::ConnectionLost`].
     pub fn of(endpoints: &Endpoints, queue: &str, timeout: Duration) -> Result<Status, Error> {
-        let deadline = Instant::now() + timeout;
+        let deadline = after(Instant::now(), timeout);
         let mut connection =
             Connection::open(endpoints, "status", deadline, &|| Box::new(Nowhere))?;
         let _fuse = connection.outbox.fuse(time_left(deadline));

@@ -15,7 +15,7 @@
 //! kind of surprise, and a reply whose correlation id nobody knows (any more) is dropped.
 
 use crate::arrival::{Arrival, ChannelNews, Goodbye, Message};
-use crate::broker::{self, Backoff, Connection, Endpoints, random};
+use crate::broker::{self, Backoff, Connection, Endpoints, FAR_FUTURE, random};
 use crate::error::{Error, QueueStatus, WaitingFor};
 use crate::frame::{Properties, Publish, SHORT_STRING_MAX, put_consume, put_publish};
 use crate::inbox::{Inbox, Sink};
@@ -233,6 +233,7 @@ impl Client {
             ready: VecDeque::new(),
             link: None,
             unflushed: None,
+            given: Instant::now(),
             asked: None,
         }
     }
@@ -299,6 +300,8 @@ pub struct Calls<'c, K> {
     link: Option<Arc<Link>>,
     /// The link on which requests are collected that are not sent yet, and since when.
     unflushed: Option<(Arc<Link>, Instant)>,
+    /// When we last gave an answer out.
+    given: Instant,
     /// When we last asked after the queue.
     asked: Option<Instant>,
 }
@@ -317,9 +320,7 @@ impl<K> Calls<'_, K> {
     pub fn submit(&mut self, key: K, request: &[u8]) {
         let id = self.shared.ids.next();
         let submitted = Instant::now();
-        let deadline = submitted
-            .checked_add(self.shared.config.timeout)
-            .unwrap_or(submitted + FAR_FUTURE);
+        let deadline = broker::after(submitted, self.shared.config.timeout);
         self.open.insert(
             id,
             OpenCall {
@@ -347,11 +348,12 @@ impl<K> Calls<'_, K> {
                 .shared
                 .config
                 .resend_after
-                .map(|after| (submitted + after, after)),
+                .map(|after| (broker::after(submitted, after), after)),
             events: self.events.clone(),
         };
-        // With answers still to be taken, we will be back in no time, and wait only after that.
+        // With answers still to be taken, and a caller who is quick, we will be back in no time.
         let collect = !self.ready.is_empty()
+            && submitted.duration_since(self.given) < COLLECT_TIME
             && self
                 .unflushed
                 .as_ref()
@@ -416,11 +418,15 @@ impl<K> Calls<'_, K> {
     /// Waits for something to happen, at most until `wake_at`; whatever it is, it is dealt with,
     /// and if it ends a call of ours, that is returned.
     fn wait(&mut self, wake_at: Instant) -> Option<Settled> {
-        if let Some(settled) = self.ready.pop_front() {
-            return Some(settled);
-        }
-        if let Some((link, _)) = self.unflushed.take() {
+        let settled = self.ready.pop_front();
+        // The caller may be back late.
+        if self.ready.is_empty()
+            && let Some((link, _)) = self.unflushed.take()
+        {
             link.outbox.flush();
+        }
+        if settled.is_some() {
+            return settled;
         }
         if self.link.is_none() {
             self.link = self.shared.lock().link.clone();
@@ -466,10 +472,11 @@ impl<K> Calls<'_, K> {
     fn settle(&mut self, id: CorrelationId, result: Outcome) -> Option<Answer<K>> {
         let call = self.open.remove(&id)?;
         self.deadlines.remove(&(call.deadline, id));
+        self.given = Instant::now();
         Some(Answer {
             key: call.key,
             result,
-            latency: call.submitted.elapsed(),
+            latency: self.given.duration_since(call.submitted),
         })
     }
 }
@@ -492,9 +499,6 @@ impl<K> Drop for Calls<'_, K> {
         }
     }
 }
-
-/// A time that does not come, and that can be added to any other.
-const FAR_FUTURE: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// The answers to [`Client::call_many`], in the order of the requests.
 pub struct CallMany<'c, I> {
@@ -608,7 +612,7 @@ impl Pending {
     fn is_overdue(&mut self, now: Instant) -> bool {
         match &mut self.resend {
             Some((at, after)) if now >= *at => {
-                *after *= 2;
+                *after = after.saturating_mul(2);
                 true
             }
             _ => false,
@@ -929,8 +933,12 @@ impl Sink for Unattended {
             (Some(link), _) => {
                 let _ = self.shared.take(&link, arrival, &Nobody);
             }
-            // The link is known to be broken, and what was open on it will be sent again.
-            (None, _) => {}
+            // The link is known to be broken, but an answer is an answer.
+            (None, _) => {
+                if let Arrival::Delivery { message, .. } = arrival {
+                    let _ = self.shared.take_reply(message, &Nobody);
+                }
+            }
         }
     }
 
@@ -1081,8 +1089,8 @@ impl Keeper {
         news: Sender<Arrival>,
         told: &Receiver<Arrival>,
     ) -> Result<(), String> {
+        let fuse = connection.outbox.fuse(broker::SETUP_TIME); // outlives the channel
         let channel = connection.open_channel().map_err(describe)?;
-        let fuse = connection.outbox.fuse(broker::SETUP_TIME);
         let reply_to = match self.shared.config.reply_to {
             ReplyTo::Direct => wire::DIRECT_REPLY_TO.to_owned(),
             ReplyTo::Queue => {
@@ -1163,7 +1171,7 @@ impl Keeper {
         publishing: &mut Option<Channel>,
     ) -> End {
         let mut looked = Instant::now();
-        let mut unsent = false;
+        let mut unsent = true; // for all we know
         loop {
             let interval = match self.shared.config.resend_after {
                 _ if unsent => RETRY_INTERVAL,
@@ -1285,7 +1293,7 @@ impl Keeper {
                 let again = pending.sent_on > 0;
                 (pending.sent_on, pending.returned) = (link.generation, false);
                 if let Some((at, after)) = &mut pending.resend {
-                    *at = now + *after;
+                    *at = broker::after(now, *after);
                 }
                 let message = Unsent {
                     request: Arc::clone(&pending.request),
@@ -1294,7 +1302,8 @@ impl Keeper {
                 unsent.push((id, message, again));
             }
         }
-        for (id, message, again) in unsent {
+        let mut unsent = unsent.into_iter();
+        while let Some((id, message, again)) = unsent.next() {
             let encode =
                 |out: &mut Vec<u8>| link.encode(&self.shared.config.queue, id, &message, out);
             match link
@@ -1309,9 +1318,14 @@ impl Keeper {
                 }
                 Ok(()) => {}
                 Err(NotSent::Full | NotSent::Down) => {
-                    if let Some(pending) = self.shared.lock().pending.get_mut(&id) {
-                        pending.sent_on = 0;
+                    // Nor would the rest be. There is more to do than to wait here.
+                    let mut state = self.shared.lock();
+                    for id in std::iter::once(id).chain(unsent.map(|(id, ..)| id)) {
+                        if let Some(pending) = state.pending.get_mut(&id) {
+                            pending.sent_on = 0;
+                        }
                     }
+                    return;
                 }
             }
         }

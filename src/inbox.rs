@@ -188,13 +188,16 @@ impl Inbox {
     /// I/O thread.
     pub fn stand_in(&self) {
         let Some(mut lead) = self.try_read() else {
-            return; // whoever leads has the socket watched again afterwards
+            // Whoever leads has the socket watched again afterwards. But a watch that has fired
+            // tells of nothing more until that is taken; and if it was, and the leader has left
+            // meanwhile, it is for us to watch again.
+            if self.has_fired() {
+                drop(self.try_read());
+            }
+            return;
         };
         // Only now does it hold that what is there to read stays there.
-        let fired = self
-            .watch
-            .poll(&mut Events::with_capacity(1), Some(Duration::ZERO));
-        if matches!(fired, Ok(count) if count > 0) {
+        if self.has_fired() {
             let _ = lead.read(READ_TIME_MAX, |arrival| self.sink.take(arrival));
             drop(lead);
             self.sink.done();
@@ -207,6 +210,14 @@ impl Inbox {
     /// Why the broker has closed the connection, if it said so.
     pub fn goodbye(&self) -> Option<&Goodbye> {
         self.goodbye.get()
+    }
+
+    /// Whether the watch has fired; if so, that is taken.
+    fn has_fired(&self) -> bool {
+        let fired = self
+            .watch
+            .poll(&mut Events::with_capacity(1), Some(Duration::ZERO));
+        matches!(fired, Ok(count) if count > 0)
     }
 
     /// What amiquip is to read; as of [`io::Read::read`].

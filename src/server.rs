@@ -167,12 +167,13 @@ impl Server {
             stats: Stats::default(),
         });
         for index in 1..=self.config.workers {
-            let job = Arc::clone(&job);
+            let (started, job) = (&job, Arc::clone(&job));
             // Never joined: one whose handler does not return is left behind.
             thread::Builder::new()
                 .name(format!("fibrpc-worker-{index}"))
                 .spawn(move || job.work())
                 .map_err(|error| {
+                    started.floor.close();
                     let worker = format!("cannot start a thread for worker {index}: {error}");
                     Error::InvalidArgument(worker)
                 })?;
@@ -429,7 +430,11 @@ impl Floor {
 
     /// Ends the workers, each when it is free.
     fn close(&self) {
-        self.lock().closed = true;
+        let mut state = self.lock();
+        state.closed = true;
+        // It holds the connection, and that holds us.
+        state.session = None;
+        drop(state);
         self.work.notify_all();
     }
 }
@@ -535,7 +540,7 @@ enum End {
 
 impl<T> Supervisor<'_, T> {
     fn run(mut self, mut ready: impl FnMut()) -> Result<(), Error> {
-        let mut give_up_at = Some(Instant::now() + self.config.connect_timeout);
+        let mut give_up_at = Some(broker::after(Instant::now(), self.config.connect_timeout));
         let mut backoff = Backoff::default();
         while let Some(mut connection) = self.connect(&mut backoff, give_up_at)? {
             give_up_at = None;
@@ -739,7 +744,7 @@ impl<T> Supervisor<'_, T> {
     /// Stops consuming, lets the workers finish what they have begun, gives the rest back.
     fn drain(&mut self, connection: &mut Connection, channels: Vec<Channel>) -> Result<(), Error> {
         let after = self.config.drain_timeout;
-        let deadline = Instant::now() + after;
+        let deadline = broker::after(Instant::now(), after);
         let give_up_at = deadline.min(Instant::now() + CANCEL_TIME);
         // Whatever may still block gets an error when the time is up.
         let _fuse = connection.outbox.fuse(after);

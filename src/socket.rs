@@ -434,12 +434,19 @@ impl Outbox {
     /// Leaves the rest to the I/O thread, which is woken when there is room. The state is locked.
     fn stall(&self) {
         self.stalled.store(true, Ordering::Release);
-        let armed = self.writable.reregister(
-            &EventedFd(&self.watched.as_raw_fd()),
-            Token(0),
-            Ready::writable(),
-            PollOpt::edge() | PollOpt::oneshot(),
-        );
+        let socket = self.watched.as_raw_fd();
+        // Anew, because one that has fired and was not taken would not fire again.
+        let armed = self
+            .writable
+            .deregister(&EventedFd(&socket))
+            .and_then(|()| {
+                self.writable.register(
+                    &EventedFd(&socket),
+                    Token(0),
+                    Ready::writable(),
+                    PollOpt::edge() | PollOpt::oneshot(),
+                )
+            });
         if let Err(error) = armed {
             log::warn!("cannot watch a full socket ({error}); closing it");
             self.transport.shut_down();
