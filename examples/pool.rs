@@ -4,34 +4,22 @@
 //! scripts/broker with-broker cargo run --release --example pool
 //! ```
 
-use crossbeam_channel::bounded;
-use fibrpc::{Client, ClientConfig, Endpoints, Server, ServerConfig};
-use std::error::Error;
+use fibrpc::{Client, Request, Server};
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{env, thread};
 
 const THREADS: u32 = 16;
 const CALLS: u32 = 1_000;
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let endpoints = match env::var("AMQP_URL") {
-        Ok(url) => url.parse()?,
-        Err(_) => Endpoints::default(),
-    };
-    let mut config = ServerConfig::default();
-    config.endpoints = endpoints.clone();
-    config.queue = "pool".to_owned();
-    let server = Server::new(config)?;
-    let (stop, stopped) = bounded::<()>(0);
-    let serving = thread::spawn(move || server.run(|request| Ok(request.body), || (), stopped));
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let broker = std::env::var("AMQP_URL").unwrap_or("amqp://localhost".to_owned());
+    let serving = Server::new(&broker)?
+        .queue("pool")
+        .start(|request: &Request| Ok(request.body().to_vec()))?;
 
-    let mut config = ClientConfig::default();
-    config.endpoints = endpoints;
-    config.queue = "pool".to_owned();
-    config.timeout = Duration::from_secs(10);
-    // The server may still be about to declare the queue.
-    config.wait_for_server = true;
-    let client = Client::new(config)?;
+    let client = Client::builder(&broker)?
+        .timeout(Duration::from_secs(10))
+        .build()?;
     let began = Instant::now();
     thread::scope(|scope| {
         for thread in 0..THREADS {
@@ -39,10 +27,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             let client = client.clone();
             scope.spawn(move || {
                 for call in 0..CALLS {
-                    let request = format!("{thread}/{call}").into_bytes();
-                    match client.call(&request) {
-                        Ok(answer) => assert_eq!(answer, request),
-                        Err(error) => eprintln!("{thread}/{call}: {error}"),
+                    let request = format!("{thread}/{call}");
+                    match client.call("pool", request.as_str()) {
+                        Ok(reply) => assert_eq!(reply.body, request.as_bytes()),
+                        Err(error) => eprintln!("{request}: {error}"),
                     }
                 }
             });
@@ -50,8 +38,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     let rate = f64::from(THREADS * CALLS) / began.elapsed().as_secs_f64();
     println!("{THREADS} threads, {CALLS} calls each: {rate:.0} calls per second");
+    println!("{} connection", client.stats().connections);
 
-    drop(stop);
-    serving.join().expect("the server does not panic")?;
+    serving.stop()?;
     Ok(())
 }

@@ -1,53 +1,39 @@
-//! A function of your own over RPC: a server and a client in a page.
+//! A function of your own over RPC: a server and a client.
 //!
 //! ```text
 //! scripts/broker with-broker cargo run --example uppercase
 //! ```
 
-use crossbeam_channel::bounded;
-use fibrpc::{Client, ClientConfig, Endpoints, RemoteError, Request, Server, ServerConfig};
-use std::error::Error;
-use std::{env, str, thread};
+use fibrpc::{Client, HandlerError, RemoteError, Request, Server};
 
-/// What the server does. It runs in several threads at once, and may run twice for one request:
-/// a server may die after its answer and before its acknowledgement.
-fn uppercase(request: Request) -> Result<Vec<u8>, RemoteError> {
-    let text = str::from_utf8(&request.body)
-        .map_err(|error| RemoteError::invalid_argument(format!("not a text: {error}")))?;
-    Ok(text.to_uppercase().into_bytes())
+/// What the server does. It runs in several threads at once, and may run twice for one request.
+fn uppercase(request: &Request) -> Result<String, HandlerError> {
+    let text = str::from_utf8(request.body())?; // any error: kind `internal`
+    if text.is_empty() {
+        Err(RemoteError::new("no-text", "there is nothing to do"))?; // a kind of your own
+    }
+    Ok(text.to_uppercase())
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let endpoints = match env::var("AMQP_URL") {
-        Ok(url) => url.parse()?,
-        Err(_) => Endpoints::default(),
-    };
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let broker = std::env::var("AMQP_URL").unwrap_or("amqp://localhost".to_owned());
 
-    let mut config = ServerConfig::default();
-    config.endpoints = endpoints.clone();
-    config.queue = "uppercase".to_owned();
-    config.workers = 2;
-    let server = Server::new(config)?;
-    // Dropping `stop` tells the server to stop. It says when it is ready.
-    let (stop, stopped) = bounded::<()>(0);
-    let (ready, is_ready) = bounded(1);
-    let serving = thread::spawn(move || server.run(uppercase, || _ = ready.try_send(()), stopped));
-    is_ready.recv()?;
+    // The server: back when every worker is ready.
+    let serving = Server::new(&broker)?
+        .queue("uppercase")
+        .workers(2)
+        .start(uppercase)?;
 
-    let mut config = ClientConfig::default();
-    config.endpoints = endpoints;
-    config.queue = "uppercase".to_owned();
-    let client = Client::new(config)?;
-    let answer = client.call("grüße".as_bytes())?;
-    println!("{}", String::from_utf8(answer)?);
-    // An error of the handler is an error of the call.
-    match client.call(&[0xff]) {
+    // The client: cheap to clone, shared by threads, for any number of queues.
+    let client = Client::new(&broker)?;
+    let reply = client.call("uppercase", "grüße")?;
+    println!("{}", String::from_utf8(reply.body)?);
+    match client.call("uppercase", "") {
         Err(error) => println!("{error}"),
-        Ok(answer) => println!("unexpected: {answer:?}"),
+        Ok(reply) => println!("unexpected: {reply:?}"),
     }
 
-    drop(stop);
-    let stats = serving.join().expect("the server does not panic")?;
+    let stats = serving.stop()?; // answers what it has begun; so does dropping it
     println!("{} answered, {} refused", stats.answered, stats.refused);
     Ok(())
 }

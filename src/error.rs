@@ -1,6 +1,9 @@
 //! The one error type of the library. Each variant says when it happens.
 
-use crate::wire::RemoteError;
+use crate::amqp;
+use crate::amqp::endpoint::InvalidUrl;
+use crate::amqp::queue::QueueStatus;
+use crate::message::RemoteError;
 use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
@@ -9,13 +12,26 @@ use std::time::Duration;
 /// Why a call was not answered, or a server could not run.
 ///
 /// No message contains a password: URLs are printed without it.
+///
+/// ```no_run
+/// use fibrpc::{Client, Error};
+///
+/// let client = Client::new("amqp://localhost")?;
+/// match client.call("users", "42") {
+///     Ok(reply) => println!("{} bytes", reply.body.len()),
+///     Err(Error::Remote(error)) if error.kind() == "no-such-user" => println!("nobody"),
+///     Err(Error::Timeout { waiting_for, .. }) => println!("too late: {waiting_for}"),
+///     Err(other) => return Err(other),
+/// }
+/// # Ok(())
+/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Error {
-    /// A broker's URL cannot be used. The text says which part of it and what is expected.
-    InvalidUrl(String),
+    /// A broker's URL cannot be used.
+    InvalidUrl(InvalidUrl),
     /// A value that could never work, found before anything was sent: a queue name over 255
-    /// bytes, a request over the broker's limit, no workers.
+    /// bytes, a reserved header, a request over the broker's limit, no workers.
     InvalidArgument(String),
     /// No broker could be reached, or it refused us: nothing listens there, the name does not
     /// resolve, wrong credentials or virtual host, TLS failed.
@@ -64,8 +80,16 @@ pub enum Error {
         /// Workers whose handler had not returned.
         workers: usize,
     },
-    /// The client was closed while the call was waiting.
+    /// The server has answered, and its answer cannot be read as what was asked for, such as JSON
+    /// of a certain shape.
+    UnreadableReply {
+        /// What is wrong with it, and where.
+        reason: String,
+    },
+    /// The client was closed while the call was waiting, or before.
     Closed,
+    /// The server was told to stop before it had started.
+    Stopped,
 }
 
 /// What a call was waiting for when its deadline passed.
@@ -101,19 +125,10 @@ pub enum WaitingFor {
     },
 }
 
-/// A queue's consumers and its messages that wait for one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct QueueStatus {
-    /// How many consumers the queue has.
-    pub consumers: u32,
-    /// How many messages are ready, not counting those given to a consumer.
-    pub ready: u32,
-}
-
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::InvalidUrl(reason) => write!(f, "invalid broker URL: {reason}"),
+            Error::InvalidUrl(error) => error.fmt(f),
             Error::InvalidArgument(reason) => f.write_str(reason),
             Error::Unreachable {
                 endpoint, reason, ..
@@ -140,6 +155,8 @@ impl fmt::Display for Error {
                 "{workers} of the workers had not finished within the drain timeout of {after:?}; \
                  the broker gives their requests to another server"
             ),
+            Error::UnreadableReply { reason } => write!(f, "the reply cannot be read: {reason}"),
+            Error::Stopped => f.write_str("the server was told to stop before it had started"),
             Error::Closed => {
                 f.write_str("interrupted: the client was closed before the answer came")
             }
@@ -208,7 +225,34 @@ impl StdError for Error {
                 ..
             } => Some(source.as_ref()),
             Error::Remote(error) => Some(error),
+            Error::InvalidUrl(error) => Some(error),
             _ => None,
+        }
+    }
+}
+
+impl From<InvalidUrl> for Error {
+    fn from(error: InvalidUrl) -> Error {
+        Error::InvalidUrl(error)
+    }
+}
+
+impl From<amqp::error::Error> for Error {
+    fn from(error: amqp::error::Error) -> Error {
+        match error {
+            amqp::error::Error::Unreachable {
+                endpoint,
+                reason,
+                source,
+            } => Error::Unreachable {
+                endpoint,
+                reason,
+                source,
+            },
+            amqp::error::Error::Lost { reason } => Error::ConnectionLost { reason },
+            amqp::error::Error::QueueRefused { queue, reason, .. } => {
+                Error::QueueRefused { queue, reason }
+            }
         }
     }
 }

@@ -1,6 +1,8 @@
-//! Fibonacci numbers: the tutorial's slow recursion, and fast doubling. Pure; no I/O.
+//! The tutorial's function: Fibonacci numbers by the slow recursion, and by fast doubling; and how a
+//! request asks for one. Pure; no I/O.
 
-use std::hint::black_box;
+use fibrpc::RemoteError;
+use std::str;
 
 /// The largest `n` whose Fibonacci number fits a `u128`: fib(186) is just under 2^128.
 pub const FAST_N_MAX: u32 = 186;
@@ -16,28 +18,12 @@ pub const RECURSIVE_N_MAX: u32 = 93;
 ///
 /// Overflows `u64` for `n` above [`RECURSIVE_N_MAX`].
 pub fn recursive(n: u32) -> u64 {
-    // `if n < 2 { n } else { recursive(n - 1) + recursive(n - 2) }`, with the function written out
-    // in itself six levels deep, as gcc does by itself and LLVM does not: it halves the time.
-    // LLVM, seeing some levels at once, would find calls that are the same and make one of them:
-    // 40 times quicker, and not the tutorial's work any more. The black box hides that from it.
-    inlined!(black_box(n); 1 2 3 4 5 6)
+    if n < 2 {
+        n.into()
+    } else {
+        recursive(n - 1) + recursive(n - 2)
+    }
 }
-
-/// The recursion, written out as many levels deep as there are tokens.
-macro_rules! inlined {
-    ($n:expr;) => {
-        recursive($n)
-    };
-    ($n:expr; $level:tt $($deeper:tt)*) => {{
-        let n: u32 = $n;
-        if n < 2 {
-            u64::from(n)
-        } else {
-            inlined!(n - 1; $($deeper)*) + inlined!(n - 2; $($deeper)*)
-        }
-    }};
-}
-use inlined;
 
 /// The same numbers in about log2(n) steps, exact up to [`FAST_N_MAX`]; `None` above it.
 ///
@@ -62,9 +48,54 @@ pub fn fast(n: u32) -> Option<u128> {
     Some(a)
 }
 
+/// The kind of the error for a number that is well-formed, and refused.
+pub const OUT_OF_RANGE: &str = "out-of-range";
+
+/// The longest request body read as a number, in bytes. The longest number that any server
+/// answers has three digits; this leaves room for zeros, and none for megabytes.
+const NUMBER_BODY_MAX: usize = 64;
+
+/// Reads a request's body: a decimal integer, and at most `n_max`.
+///
+/// # Errors
+///
+/// `invalid-argument` for what is not a decimal integer (ASCII digits, one sign at most) or is
+/// longer than 64 bytes; `out-of-range` for an integer below 0 or above `n_max`.
+pub fn parse_n(body: &[u8], n_max: u32) -> Result<u32, RemoteError> {
+    let text = match str::from_utf8(body) {
+        Ok(text) if text.len() <= NUMBER_BODY_MAX => text,
+        _ => return Err(not_a_number(body)),
+    };
+    let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(not_a_number(body));
+    }
+    // All digits, so the only way left to fail is a number that does not fit.
+    match text.parse::<i128>().map(u32::try_from) {
+        Ok(Ok(n)) if n <= n_max => Ok(n),
+        _ => Err(RemoteError::new(
+            OUT_OF_RANGE,
+            format!("n = {text} is out of range: this server computes fib(0) to fib({n_max})"),
+        )),
+    }
+}
+
+fn not_a_number(body: &[u8]) -> RemoteError {
+    /// How much of a stranger's body an error message repeats, in bytes.
+    const SHOWN_MAX: usize = 32;
+    let shown = body[..body.len().min(SHOWN_MAX)].escape_ascii();
+    let ellipsis = if body.len() > SHOWN_MAX { "..." } else { "" };
+    RemoteError::invalid_argument(format!(
+        "the request must be a decimal integer of at most {NUMBER_BODY_MAX} bytes, \
+         not \"{shown}{ellipsis}\" ({} bytes)",
+        body.len()
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     /// The definition, by addition; checked, so that it cannot wrap.
     fn by_definition(n: u32) -> Option<u128> {
@@ -109,5 +140,82 @@ mod tests {
         }
         assert!(fast(RECURSIVE_N_MAX).is_some_and(|f| u64::try_from(f).is_ok()));
         assert!(fast(RECURSIVE_N_MAX + 1).is_some_and(|f| u64::try_from(f).is_err()));
+    }
+
+    fn kind_of(body: &[u8]) -> Result<u32, String> {
+        parse_n(body, 186).map_err(|error| error.kind().to_owned())
+    }
+
+    #[test]
+    fn a_decimal_integer_in_range_is_accepted() {
+        assert_eq!(kind_of(b"0"), Ok(0));
+        assert_eq!(kind_of(b"186"), Ok(186));
+        assert_eq!(kind_of(b"+30"), Ok(30));
+        assert_eq!(kind_of(b"00030"), Ok(30));
+        assert_eq!(kind_of(b"-0"), Ok(0));
+    }
+
+    #[test]
+    fn what_is_not_a_decimal_integer_is_an_invalid_argument() {
+        for body in [
+            &b""[..],
+            b"-",
+            b"+",
+            b"abc",
+            b"30 ",
+            b" 30",
+            b"3.0",
+            b"1e3",
+            b"0x1e",
+            b"--3",
+        ] {
+            assert_eq!(
+                kind_of(body),
+                Err(RemoteError::INVALID_ARGUMENT.to_owned()),
+                "{body:?}"
+            );
+        }
+        assert_eq!(
+            kind_of("３０".as_bytes()),
+            Err(RemoteError::INVALID_ARGUMENT.to_owned())
+        );
+        assert_eq!(
+            kind_of(&[0xff, 0xfe]),
+            Err(RemoteError::INVALID_ARGUMENT.to_owned())
+        );
+        assert_eq!(
+            kind_of(&[b'1'; 65]),
+            Err(RemoteError::INVALID_ARGUMENT.to_owned())
+        );
+    }
+
+    #[test]
+    fn an_integer_that_the_server_refuses_is_out_of_range() {
+        for body in [&b"-1"[..], b"187", b"4294967296", &[b'9'; 64]] {
+            assert_eq!(kind_of(body), Err(OUT_OF_RANGE.to_owned()), "{body:?}");
+        }
+    }
+
+    #[test]
+    fn an_error_message_repeats_little_of_a_huge_body() {
+        let error = parse_n(&[0; 1 << 20], 45).unwrap_err();
+        assert!(error.message().len() < 300, "{}", error.message().len());
+        assert!(
+            error.message().contains("1048576 bytes"),
+            "{}",
+            error.message()
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn every_number_in_range_reads_back(n in 0..=186_u32) {
+            prop_assert_eq!(kind_of(n.to_string().as_bytes()), Ok(n));
+        }
+
+        #[test]
+        fn no_body_makes_the_parser_panic(body: Vec<u8>) {
+            let _ = parse_n(&body, 186);
+        }
     }
 }

@@ -6,71 +6,84 @@
 //! runs its handler, publishes the reply to the caller's callback queue and acknowledges.
 //!
 //! ```no_run
-//! use fibrpc::{Client, ClientConfig};
+//! use fibrpc::{Client, Request, Server};
 //!
-//! let client = Client::new(ClientConfig::default())?;
-//! let answer = client.call(b"30")?; // blocks, at most for the configured timeout
-//! assert_eq!(answer, b"832040");
+//! let serving = Server::new("amqp://localhost")?
+//!     .queue("shout")
+//!     .start(|request: &Request| Ok(request.body().to_ascii_uppercase()))?;
+//!
+//! let client = Client::new("amqp://localhost")?;
+//! assert_eq!(client.call("shout", "hello")?.body, b"HELLO");
+//!
+//! serving.stop()?;
 //! # Ok::<(), fibrpc::Error>(())
 //! ```
 //!
+//! # What is guaranteed
+//!
+//! - **At least once.** A server acknowledges a request after it has published the reply. If it
+//!   dies in between, or the client loses its connection and sends again ([`Retry`]), the request
+//!   is executed twice. Handlers must be idempotent. The client drops the second answer.
+//! - **A call ends by its deadline**, whatever the broker does. [`Error::Timeout`] says what was
+//!   waited for; it does not say whether the request was executed.
+//! - **A request whose caller has given up is not begun**: neither one that the broker still has,
+//!   nor one that a server has prefetched, nor one that a client has held back because the broker
+//!   was blocking publishers.
+//!
 //! # The tour
 //!
-//! In reading order:
+//! In reading order. Each storey knows only those below it; `docs/design.md` says why.
 //!
-//! 1. [`fib`]: what the tutorial computes. Pure.
-//! 2. `wire`: what a request, a reply and an error look like as messages. Pure.
-//! 3. `error`: everything that can go wrong, and when.
-//! 4. `frame`: the AMQP frames that we write ourselves, and why. Pure.
-//! 5. `arrival`: what comes back: deliveries, returned messages, news of a consumer. Pure.
-//! 6. `socket`: the socket that amiquip and we share; how a thread sends without a hop.
-//! 7. `inbox`: who reads it; how a thread receives without a hop.
-//! 8. `tls`: the same over TLS.
-//! 9. `broker`: URLs, opening and closing connections, the request queue.
-//! 10. `client`: calls with deadlines; the keeper that reconnects.
-//! 11. `server`: the supervisor, its workers, and the floor where they meet; how it drains.
+//! 1. `client`: what a user of the library reads first: [`Client`]. Below it, in `client/`:
+//!    `calls` (what a caller's thread does), `pending` (what all threads share), `manager` (the
+//!    client's own thread), `link`, `correlation`, `options`.
+//! 2. `server`: [`Server`], [`Serving`]. Below it, in `server/`: `worker`, `work_queue` (where
+//!    requests meet workers), `supervisor`, `request`, `options`.
+//! 3. `message`: what a request, a reply and an error look like as messages. `error`: everything
+//!    that can go wrong, and when. `json`, `status`.
+//! 4. `amqp`: AMQP over a socket that amiquip and we share. It does not know what a request is.
 //!
-//! The binary is `main.rs` (dispatch, logs, exit codes), `cli.rs` (arguments), `numbers.rs` (lines
-//! from stdin), `output.rs` (lines on stdout), and a file for each command with much to say:
-//! `call.rs`, `bench.rs`, `status.rs`.
+//! The command is a program like any other that uses this library: `main.rs`, `command/`, and
+//! `fib.rs`, the tutorial's function.
 //!
 //! # Features
 //!
 //! - `tls` (default): `amqps://`, with rustls.
+//! - `json`: requests and replies that serde reads and writes (the module `json`).
 //! - `cli` (default): what only the binary needs. A library does without:
 //!   `default-features = false, features = ["tls"]`.
 //!
 //! # What holds everywhere
 //!
-//! - `client` and `server` do not know each other; the server knows a handler, not Fibonacci.
-//! - `fib`, `wire`, `frame` and `arrival` do no I/O. Nothing in the library prints; it reports
-//!   through `log`.
-//! - The AMQP class `basic` (publish, deliver, ack, ...) is ours, in both directions; connections,
-//!   channels, queues and heartbeats are amiquip's. It is touched in `broker`, `client` and
-//!   `server`, and its stream in `socket` and `inbox`.
-//! - Every wait has a deadline, or is woken by a stop channel, or by the end of the connection.
+//! - `client` and `server` do not know each other; neither knows Fibonacci.
+//! - amiquip is named in `amqp` alone. `amqp::frame`, `amqp::incoming` and `message` do no I/O.
+//! - Nothing prints; the library reports through `log`, and never a password.
+//! - Every wait has a deadline, or is woken by a stop, or by the end of the connection.
 
-pub mod fib;
-
-mod arrival;
-mod broker;
 mod client;
-mod error;
-mod frame;
-mod inbox;
 mod server;
-mod socket;
-#[cfg(feature = "tls")]
-mod tls;
-mod wire;
 
-pub use broker::{Endpoints, QueueType, Status};
-pub use client::{Answer, CallMany, Calls, Client, ClientConfig, ClientStats, ReplyTo};
-pub use error::{Error, QueueStatus, WaitingFor};
-pub use server::{Request, Server, ServerConfig, ServerStats};
+mod error;
+#[cfg(feature = "json")]
+pub mod json;
+mod message;
+mod status;
+
+mod amqp;
+
+pub use amqp::endpoint::{Endpoints, InvalidUrl};
+pub use amqp::queue::{QueueStatus, QueueType};
 #[cfg(feature = "tls")]
-pub use tls::TlsOptions;
-pub use wire::{RemoteError, RemoteErrorKind, parse_n};
+pub use amqp::tls::TlsOptions;
+pub use client::calls::{Answer, CallMany, Calls, RequestBuilder};
+pub use client::options::{ReplyTo, Retry};
+pub use client::{Client, ClientBuilder, ClientStats};
+pub use error::{Error, WaitingFor};
+pub use message::headers::Headers;
+pub use message::{HandlerError, RemoteError, Reply, Response};
+pub use server::request::Request;
+pub use server::{Server, ServerStats, Serving, Stopper};
+pub use status::Status;
 
 /// The README's example, so that it compiles.
 #[cfg(doctest)]

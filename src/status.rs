@@ -1,65 +1,72 @@
-//! `fibrpc status`: is there a broker, is there a queue, does anybody serve it?
+//! What a broker says of itself and of a request queue: a health check.
 
-use crate::NO_SERVER;
-use crate::cli::{Global, ReportKind, StatusArgs};
-use fibrpc::{Error, Status};
-use serde::Serialize;
-use std::process::ExitCode;
+use crate::amqp::connection::Connection;
+use crate::amqp::endpoint::Endpoints;
+use crate::amqp::inbox::Discard;
+use crate::amqp::queue::{self, QueueStatus};
+use crate::amqp::time::{after, time_left};
+use crate::error::Error;
+use crate::message;
+use std::time::{Duration, Instant};
 
-/// Runs the command; the exit code says whether a call would find a server.
-pub fn status(args: &StatusArgs, global: &Global) -> anyhow::Result<ExitCode> {
-    let status =
-        Status::of(&global.endpoints()?, &global.queue, args.timeout).map_err(|error| {
-            // To a health check, a broker that is lost while it is asked is one that is not there.
-            match error {
-                Error::ConnectionLost { reason } => Error::Unreachable {
-                    endpoint: global
-                        .endpoints()
-                        .map_or_else(|_| String::new(), |all| all.to_string()),
-                    reason,
-                    source: None,
-                },
-                other => other,
-            }
-        })?;
-    let queue = status.queue.unwrap_or_default();
-    match args.output {
-        ReportKind::Json => {
-            let report = JsonReport {
-                broker: &status.broker,
-                queue: &global.queue,
-                exists: status.queue.is_some(),
-                consumers: queue.consumers,
-                ready: queue.ready,
-                rtt_ms: status.round_trip.as_micros() as f64 / 1000.0,
-            };
-            println!("{}", serde_json::to_string(&report)?);
-        }
-        ReportKind::Text => {
-            println!("broker      {}", status.broker);
-            println!("node        {}", status.node);
-            println!("connection  {}", status.connection);
-            match status.queue {
-                Some(_) => println!("queue       {}", global.queue),
-                None => println!("queue       {} does not exist", global.queue),
-            }
-            println!("consumers   {}", queue.consumers);
-            println!("ready       {} requests wait for a consumer", queue.ready);
-            println!("round trip  {:.2?}", status.round_trip);
-        }
-    }
-    Ok(match queue.consumers {
-        0 => ExitCode::from(NO_SERVER),
-        _ => ExitCode::SUCCESS,
-    })
+/// What a broker says of itself and of a request queue.
+///
+/// ```no_run
+/// use fibrpc::Status;
+/// use std::time::Duration;
+///
+/// let status = Status::of(&"amqp://localhost".parse()?, "shout", Duration::from_secs(5))?;
+/// println!("{}, answers in {:?}", status.broker, status.round_trip);
+/// match status.queue {
+///     Some(queue) => println!("{} workers, {} requests wait", queue.consumers, queue.ready),
+///     None => println!("no server has ever been there"),
+/// }
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Status {
+    /// The product and its version, such as `RabbitMQ 3.10.8`.
+    pub broker: String,
+    /// The name of the cluster, which unless configured is that of its first node.
+    pub node: String,
+    /// The connection's name in the broker's own list: our address, and its.
+    pub connection: String,
+    /// The request queue; `None` if it does not exist.
+    pub queue: Option<QueueStatus>,
+    /// How long the broker takes to answer.
+    pub round_trip: Duration,
 }
 
-#[derive(Serialize)]
-struct JsonReport<'a> {
-    broker: &'a str,
-    queue: &'a str,
-    exists: bool,
-    consumers: u32,
-    ready: u32,
-    rtt_ms: f64,
+impl Status {
+    /// Asks the first of the brokers that answers, on a connection of its own.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unreachable`] if none does within `timeout`; [`Error::QueueRefused`] if we may not
+    /// know of the queue; [`Error::ConnectionLost`].
+    pub fn of(endpoints: &Endpoints, queue: &str, timeout: Duration) -> Result<Status, Error> {
+        message::check_queue_name(queue).map_err(Error::InvalidArgument)?;
+        let deadline = after(Instant::now(), timeout);
+        let mut connection =
+            Connection::open(endpoints, "status", deadline, &|| Box::new(Discard))?;
+        let _watchdog = connection.outbox.abort_after(time_left(deadline));
+        let began = Instant::now();
+        let channel = connection.open_channel()?;
+        let round_trip = began.elapsed();
+        let status = queue::status(&mut connection, queue)?;
+        drop(channel);
+        let property = |name| {
+            connection
+                .server_property(name)
+                .unwrap_or_else(|| "unknown".to_owned())
+        };
+        Ok(Status {
+            broker: format!("{} {}", property("product"), property("version")),
+            node: property("cluster_name"),
+            connection: connection.name.clone(),
+            queue: status,
+            round_trip,
+        })
+    }
 }

@@ -1,6 +1,6 @@
 //! `fibrpc bench`: that it counts right, checks every answer, and does not hide a stall.
 
-use crate::support::{Local, PATIENCE, Peer, Process, fibrpc, run, server, unique, url};
+use crate::support::{PATIENCE, Peer, Process, fibrpc, local, run, server, unique, url};
 use amiquip::QueueDeclareOptions;
 use serde_json::Value;
 use std::sync::Once;
@@ -73,7 +73,7 @@ fn text_is_for_people_and_fits_80_columns() {
 #[test]
 fn wrong_answers_are_found() {
     let queue = unique("bench-wrong");
-    let _server = Local::start(|config| config.queue = queue.clone(), |_| Ok(b"2".to_vec()));
+    let _server = local(&queue, |server| server, |_| Ok("2"));
     let bench = run(fibrpc(&url(), &queue).args(["bench", "--requests", "20", "--output", "json"]));
     assert_eq!(bench.code(), Some(3));
     let report = json(&bench.stdout);
@@ -116,11 +116,12 @@ fn an_open_loop_does_not_hide_a_server_that_stalls() {
     const STALL: Duration = Duration::from_millis(800);
     let queue = unique("bench-stall");
     let stalled = Once::new();
-    let _server = Local::start(
-        |config| (config.queue, config.workers) = (queue.clone(), 1),
+    let _server = local(
+        &queue,
+        |server| server.workers(1),
         move |_| {
             stalled.call_once(|| thread::sleep(STALL));
-            Ok(b"1".to_vec())
+            Ok("1")
         },
     );
     let bench = run(fibrpc(&url(), &queue).args([

@@ -4,8 +4,9 @@
 //!
 //! The promise: with deadlines longer than the outages, nothing wrong, nothing lost, nothing hung.
 
-use crate::support::{PATIENCE, PrivateBroker, Process, fibrpc, server, unique};
-use fibrpc::{Client, ClientConfig, ClientStats, fib};
+use crate::fib;
+use crate::support::{Caller, PATIENCE, PrivateBroker, Process, fibrpc, server, unique};
+use fibrpc::{ClientStats, Retry};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -72,14 +73,14 @@ pub fn from_environment(name: &str, default: u64) -> u64 {
 }
 
 /// Calls, and checks every answer, until it is over; `answered` is told of each.
-pub fn load(client: &Client, seed: u64, over: &AtomicBool, answered: impl Fn()) -> Tally {
+pub fn load(client: &Caller, seed: u64, over: &AtomicBool, answered: impl Fn()) -> Tally {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut tally = Tally::default();
-    let mut calls = client.calls();
+    let mut calls = client.client.calls();
     loop {
         while calls.len() < WINDOW && !over.load(Ordering::Relaxed) {
             let n = rng.random_range(0..=fib::FAST_N_MAX);
-            calls.submit(n, n.to_string().as_bytes());
+            calls.submit(n, client.request().body(n.to_string()));
             tally.made += 1;
         }
         let Some(answer) = calls.next() else {
@@ -89,7 +90,7 @@ pub fn load(client: &Client, seed: u64, over: &AtomicBool, answered: impl Fn()) 
         tally.overrun = tally.overrun.max(answer.latency.saturating_sub(TIMEOUT));
         tally.longest = tally.longest.max(answer.latency);
         match answer.result {
-            Ok(body) if body == fib::fast(answer.key).unwrap().to_string().as_bytes() => {
+            Ok(reply) if reply.body == fib::fast(answer.key).unwrap().to_string().as_bytes() => {
                 tally.right += 1
             }
             Ok(_) => tally.wrong += 1,
@@ -172,21 +173,21 @@ fn with_deadlines_longer_than_the_outages_nothing_is_wrong_lost_or_hung() {
         servers,
         rng: StdRng::seed_from_u64(seed),
     };
-    let mut config = ClientConfig::default();
-    config.endpoints = system.broker.url.parse().unwrap();
-    config.queue.clone_from(&system.queue);
-    config.timeout = TIMEOUT;
-    config.resend_after = Some(RESEND_AFTER);
-    config.wait_for_server = true;
+    let (url, queue) = (system.broker.url.clone(), system.queue.clone());
     let over = AtomicBool::new(false);
     let mut faults = BTreeMap::new();
     let began = Instant::now();
     let (tallies, stats): (Vec<Tally>, Vec<ClientStats>) = thread::scope(|scope| {
         let loads: Vec<_> = (0..CLIENTS)
             .map(|index| {
-                let (config, over) = (config.clone(), &over);
+                let (url, queue, over) = (&url, &queue, &over);
                 scope.spawn(move || {
-                    let client = Client::new(config).unwrap();
+                    let client = Caller::new(url, queue, |client| {
+                        client
+                            .timeout(TIMEOUT)
+                            .retry(Retry::Unanswered(RESEND_AFTER))
+                            .wait_for_server(true)
+                    });
                     (load(&client, seed + index, over, || ()), client.stats())
                 })
             })

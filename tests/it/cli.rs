@@ -482,7 +482,7 @@ fn numbers_from_stdin_are_answered_in_order_and_bad_lines_are_told_by_number() {
     );
     let expected: Vec<_> = numbers
         .iter()
-        .map(|&n| fibrpc::fib::fast(n).unwrap().to_string())
+        .map(|&n| crate::fib::fast(n).unwrap().to_string())
         .collect();
     assert_eq!(call.stdout.lines().collect::<Vec<_>>(), expected);
     assert_eq!(call.code(), Some(2));

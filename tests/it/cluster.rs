@@ -2,8 +2,8 @@
 //! `make cluster` kills each; `make test` kills one.
 
 use crate::chaos::{Tally, from_environment, load};
-use crate::support::{PATIENCE, fibrpc, root, run, server, unique};
-use fibrpc::{Client, ClientConfig, ClientStats};
+use crate::support::{Caller, PATIENCE, fibrpc, root, run, server, unique};
+use fibrpc::{ClientStats, Retry};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -172,15 +172,14 @@ fn a_cluster_that_loses_any_node_loses_no_call() {
         thread::scope(|scope| {
             let loads: Vec<_> = (0..NODES)
                 .map(|index| {
-                    let mut config = ClientConfig::default();
-                    config.endpoints = cluster.url(index).parse().unwrap();
-                    config.queue.clone_from(&queue);
-                    config.timeout = TIMEOUT;
-                    config.resend_after = Some(RESEND_AFTER);
-                    config.wait_for_server = true;
-                    let (over, pulse) = (&over, &pulse);
+                    let (url, queue, over, pulse) = (cluster.url(index), &queue, &over, &pulse);
                     scope.spawn(move || {
-                        let client = Client::new(config).unwrap();
+                        let client = Caller::new(&url, queue, |client| {
+                            client
+                                .timeout(TIMEOUT)
+                                .retry(Retry::Unanswered(RESEND_AFTER))
+                                .wait_for_server(true)
+                        });
                         let tally = load(&client, index as u64, over, || pulse.beat());
                         (tally, client.stats())
                     })

@@ -2,26 +2,24 @@
 //! one of its own.
 
 use crate::support::{
-    PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server, unique, url,
+    Caller, PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server,
+    unique, url,
 };
 use amiquip::QueueDeclareOptions;
-use fibrpc::{Client, ClientConfig, Error, ReplyTo, WaitingFor};
+use fibrpc::{Error, ReplyTo, Retry, WaitingFor};
 use std::net::TcpListener;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// A client whose calls wait for broker and queue.
-fn patient_client(url: &str, queue: &str) -> Client {
-    let mut config = ClientConfig::default();
-    config.endpoints = url.parse().unwrap();
-    config.queue = queue.to_owned();
-    config.timeout = 2 * PATIENCE;
-    config.wait_for_server = true;
-    Client::new(config).unwrap()
+fn patient_client(url: &str, queue: &str) -> Caller {
+    Caller::new(url, queue, |client| {
+        client.timeout(2 * PATIENCE).wait_for_server(true)
+    })
 }
 
 /// Runs one call in a thread; the receiver gets its end.
-fn begin(client: &Client, n: &str) -> thread::JoinHandle<Result<Vec<u8>, Error>> {
+fn begin(client: &Caller, n: &str) -> thread::JoinHandle<Result<Vec<u8>, Error>> {
     let (client, n) = (client.clone(), n.to_owned());
     thread::spawn(move || client.call(n.as_bytes()))
 }
@@ -195,9 +193,9 @@ fn a_full_socket_holds_no_call_past_its_deadline() {
     // Far more than the kernel's buffers and ours take.
     let request = vec![b'1'; 8 << 20];
     let began = Instant::now();
-    let mut calls = client.calls();
+    let mut calls = client.client.calls();
     for call in 0..8 {
-        calls.submit(call, &request);
+        calls.submit(call, client.request().body(&*request));
     }
     let mut unsent = 0;
     for answer in calls {
@@ -207,7 +205,10 @@ fn a_full_socket_holds_no_call_past_its_deadline() {
                 ..
             }) => unsent += 1,
             Err(Error::Timeout { .. }) => {}
-            other => panic!("expected a timeout, got {:?}", other.map(|body| body.len())),
+            other => panic!(
+                "expected a timeout, got {:?}",
+                other.map(|reply| reply.body.len())
+            ),
         }
     }
     assert!(unsent > 0, "some could not be sent");
@@ -404,12 +405,12 @@ fn a_server_stopped_under_load_loses_and_duplicates_nothing() {
     let load = thread::spawn({
         let client = client.clone();
         move || {
-            let endless = std::iter::repeat("20").take_while(|_| {
+            let endless = std::iter::repeat(client.request().body("20")).take_while(|_| {
                 is_done.try_recv() != Err(crossbeam_channel::TryRecvError::Disconnected)
             });
             let mut answered = 0;
-            for answer in client.call_many(endless, 64) {
-                assert_eq!(answer.result.unwrap(), b"6765");
+            for answer in client.client.call_many(endless, 64) {
+                assert_eq!(answer.result.unwrap().body, b"6765");
                 answered += 1;
             }
             answered
@@ -496,13 +497,10 @@ fn a_request_that_was_purged_is_sent_again_if_the_client_is_told_to() {
         peer.channel
             .queue_declare(&*queue, QueueDeclareOptions::default())
             .unwrap();
-        let mut config = ClientConfig::default();
-        config.endpoints = url().parse().unwrap();
-        config.queue.clone_from(&queue);
-        config.timeout = PATIENCE;
-        config.reply_to = reply_to;
-        config.resend_after = Some(Duration::from_millis(300));
-        let client = Client::new(config).unwrap();
+        let retry = Retry::Unanswered(Duration::from_millis(300));
+        let client = Caller::new(&url(), &queue, |client| {
+            client.timeout(PATIENCE).reply_to(reply_to).retry(retry)
+        });
         let call = begin(&client, "20");
         // Twice: what is sent again can be lost again.
         for _ in 0..2 {

@@ -101,12 +101,10 @@ fn our_client_is_answered_by_their_server() {
     );
     // Pipelined, which the tutorial's client never does.
     let client = client(&url(), &queue, PATIENCE);
-    for (n, answer) in client
-        .call_many((0..187_u32).map(|n| n.to_string()), 32)
-        .enumerate()
-    {
-        let expected = fibrpc::fib::fast(n as u32).unwrap().to_string();
-        assert_eq!(answer.result.unwrap(), expected.as_bytes());
+    let requests = (0..187_u32).map(|n| client.request().body(n.to_string()));
+    for answer in client.client.call_many(requests, 32) {
+        let expected = crate::fib::fast(answer.key as u32).unwrap().to_string();
+        assert_eq!(answer.result.unwrap().body, expected.as_bytes());
     }
 }
 

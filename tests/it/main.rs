@@ -4,7 +4,11 @@ mod bench;
 mod chaos;
 mod cli;
 mod cluster;
+mod examples;
 mod failures;
+#[allow(dead_code)] // it is the command's
+#[path = "../../src/fib.rs"]
+mod fib;
 mod hostile;
 mod interop;
 mod rpc;

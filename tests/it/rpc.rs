@@ -1,12 +1,13 @@
 //! The tutorial's system, and a server that survives its callers.
 
+use crate::fib;
 use crate::support::{
-    Local, Message, PATIENCE, Peer, Process, RawPeer, client, eventually, fibrpc, long_string, run,
-    server, short_string, swallow, unique, url,
+    Message, PATIENCE, Peer, Process, RawPeer, client, eventually, fibrpc, local, long_string, run,
+    server, short_string, stop, swallow, unique, url,
 };
 use amiquip::{AmqpProperties, AmqpValue, FieldTable, QueueDeclareOptions, QueueDeleteOptions};
 use crossbeam_channel::bounded;
-use fibrpc::{Error, RemoteError, RemoteErrorKind};
+use fibrpc::{Error, RemoteError};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -133,7 +134,7 @@ fn a_thousand_pipelined_calls_come_back_in_order() {
         .args(&numbers));
     assert_eq!(call.code(), Some(0), "{}", call.stderr);
     let expected: String = (0..1000)
-        .map(|i| format!("{}\n", fibrpc::fib::fast(i % 187).unwrap()))
+        .map(|i| format!("{}\n", fib::fast(i % 187).unwrap()))
         .collect();
     assert_eq!(call.stdout, expected);
 }
@@ -154,7 +155,7 @@ fn many_threads_share_one_client_and_one_connection() {
                 for i in 0..200_u32 {
                     let n = (thread * 23 + i) % 187;
                     let answer = client.call(n.to_string().as_bytes()).unwrap();
-                    assert_eq!(answer, fibrpc::fib::fast(n).unwrap().to_string().as_bytes());
+                    assert_eq!(answer, fib::fast(n).unwrap().to_string().as_bytes());
                 }
             });
         }
@@ -222,11 +223,12 @@ fn what_a_killed_server_had_not_acknowledged_is_delivered_again() {
 fn a_request_is_acknowledged_only_after_its_reply() {
     let queue = unique("ack");
     let (go, wait) = bounded::<()>(0);
-    let server = Local::start(
-        |config| (config.queue, config.workers) = (queue.clone(), 1),
+    let server = local(
+        &queue,
+        |server| server.workers(1),
         move |request| {
             let _ = wait.recv();
-            Ok(request.body)
+            Ok(request.body().to_vec())
         },
     );
     let peer = Peer::connect(&url());
@@ -239,7 +241,7 @@ fn a_request_is_acknowledged_only_after_its_reply() {
     drop(go);
     peer.receive(&callback);
     peer.receive(&callback);
-    let stats = server.stop().unwrap();
+    let stats = stop(server);
     assert_eq!(
         (stats.answered, stats.refused, stats.unanswerable),
         (2, 0, 0)
@@ -404,29 +406,25 @@ fn properties_that_are_not_utf8_do_not_keep_a_request_from_its_answer() {
 #[test]
 fn a_handler_that_panics_answers_internal_and_the_next_is_served() {
     let queue = unique("panic");
-    let server = Local::start(
-        |config| (config.queue, config.workers) = (queue.clone(), 1),
-        |request| match &request.body[..] {
+    let server = local(
+        &queue,
+        |server| server.workers(1),
+        |request| match request.body() {
             b"panic" => panic!("deliberate, in a test"),
-            b"empty" => Ok(Vec::new()),
-            _ => Ok(request.body),
+            _ => Ok(request.body().to_vec()),
         },
     );
     let client = client(&url(), &queue, PATIENCE);
-    for (request, said) in [(&b"panic"[..], "deliberate"), (b"empty", "empty")] {
-        match client.call(request) {
-            Err(Error::Remote(RemoteError {
-                kind: RemoteErrorKind::Internal,
-                message,
-            })) => {
-                assert!(message.contains(said), "{message}");
-            }
-            other => panic!("expected an internal error, got {other:?}"),
+    match client.call(b"panic") {
+        Err(Error::Remote(error)) => {
+            assert_eq!(error.kind(), RemoteError::INTERNAL);
+            assert!(error.message().contains("deliberate"), "{error}");
         }
+        other => panic!("expected an internal error, got {other:?}"),
     }
     assert_eq!(client.call(b"fine").unwrap(), b"fine");
-    let stats = server.stop().unwrap();
-    assert_eq!((stats.answered, stats.refused), (1, 2));
+    let stats = stop(server);
+    assert_eq!((stats.answered, stats.refused), (1, 1));
 }
 
 #[test]
@@ -436,8 +434,7 @@ fn an_error_reply_in_the_manner_of_other_ports_is_a_remote_error() {
     peer.channel
         .queue_declare(&*queue, QueueDeclareOptions::default())
         .unwrap();
-    let client = client(&url(), &queue, PATIENCE);
-    let caller = thread::spawn(move || client.call(b"30"));
+    let call = Process::spawn(fibrpc(&url(), &queue).args(["call", "30"]));
     let request = peer.receive(&queue);
     let callback = request.properties.reply_to().clone().unwrap();
     peer.publish(
@@ -445,7 +442,9 @@ fn an_error_reply_in_the_manner_of_other_ports_is_a_remote_error() {
         b"",
         with_id(request.properties.correlation_id().as_ref().unwrap()),
     );
-    assert!(matches!(caller.join().unwrap(), Err(Error::Remote(_))));
+    let mut call = call;
+    assert_eq!(call.wait(PATIENCE).code(), Some(3));
+    assert!(call.output().1.contains("empty"));
 }
 
 #[test]
@@ -485,8 +484,9 @@ fn a_timeout_says_how_many_consume_and_wait() {
         .queue_declare(&*queue, QueueDeclareOptions::default())
         .unwrap();
     // Requests of somebody else's, waiting before ours, and a server that answers nobody.
-    let _busy = Local::start(
-        |config| (config.queue, config.workers) = (queue.clone(), 1),
+    let _busy = local(
+        &queue,
+        |server| server.workers(1),
         |_| {
             thread::sleep(Duration::from_secs(3));
             Ok(b"late".to_vec())
@@ -580,18 +580,19 @@ fn the_library_serves_bodies_of_any_size() {
     let queue = unique("sizes");
     let largest = Arc::new(AtomicUsize::new(0));
     let seen = Arc::clone(&largest);
-    let _server = Local::start(
-        |config| config.queue = queue.clone(),
+    let _server = local(
+        &queue,
+        |server| server,
         move |request| {
-            seen.fetch_max(request.body.len(), Ordering::Relaxed);
-            Ok(request.body.iter().rev().copied().collect())
+            seen.fetch_max(request.body().len(), Ordering::Relaxed);
+            Ok(request.body().iter().rev().copied().collect::<Vec<u8>>())
         },
     );
     let client = client(&url(), &queue, PATIENCE);
     for size in [1, 4087, 4088, 4089, 131_064, 131_073, 1 << 20, 16 << 20] {
         let request: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
         let expected: Vec<u8> = request.iter().rev().copied().collect();
-        assert!(client.call(&request).unwrap() == expected, "{size} bytes");
+        assert!(client.call(&*request).unwrap() == expected, "{size} bytes");
     }
     assert_eq!(largest.load(Ordering::Relaxed), 16 << 20);
 }
@@ -601,12 +602,13 @@ fn a_stopped_server_gives_back_what_it_has_not_begun() {
     let queue = unique("give-back");
     let (go, wait) = bounded::<()>(0);
     let (began, begun) = bounded(100);
-    let server = Local::start(
-        |config| (config.queue, config.workers, config.prefetch) = (queue.clone(), 1, 10),
+    let server = local(
+        &queue,
+        |server| server.workers(1).prefetch(10),
         move |request| {
             let _ = began.send(());
             let _ = wait.recv();
-            Ok(request.body)
+            Ok(request.body().to_vec())
         },
     );
     let peer = Peer::connect(&url());
@@ -632,15 +634,13 @@ fn a_stopped_server_gives_back_what_it_has_not_begun() {
 fn a_handler_longer_than_the_drain_timeout_is_abandoned_and_its_request_delivered_again() {
     let queue = unique("abandon");
     let (began, begun) = bounded(100);
-    let server = Local::start(
-        |config| {
-            (config.queue, config.workers) = (queue.clone(), 2);
-            config.drain_timeout = Duration::from_millis(300);
-        },
+    let server = local(
+        &queue,
+        |server| server.workers(2).drain_timeout(Duration::from_millis(300)),
         move |request| {
             let _ = began.send(());
             thread::sleep(Duration::from_secs(60));
-            Ok(request.body)
+            Ok(request.body().to_vec())
         },
     );
     let peer = Peer::connect(&url());

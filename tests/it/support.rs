@@ -5,8 +5,10 @@
 use amiquip::{
     AmqpProperties, Channel, ConsumerMessage, ConsumerOptions, Publish, QueueDeclareOptions,
 };
-use crossbeam_channel::{Receiver, bounded, unbounded};
-use fibrpc::{Client, ClientConfig, Endpoints, Error, RemoteError, Request, Server, ServerConfig};
+use crossbeam_channel::{Receiver, unbounded};
+use fibrpc::{
+    Client, ClientBuilder, Error, HandlerError, Request, Response, Server, ServerStats, Serving,
+};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -201,49 +203,58 @@ pub fn server(url: &str, queue: &str, arguments: &[&str]) -> Process {
     process
 }
 
-/// A server of the library in this process, with a handler of the test's own.
-pub struct Local {
-    stop: Option<crossbeam_channel::Sender<()>>,
-    ended: Option<thread::JoinHandle<Result<fibrpc::ServerStats, Error>>>,
+/// Starts a server of the library in this process; back when it consumes.
+pub fn local<R: Into<Response>>(
+    queue: &str,
+    configure: impl FnOnce(Server) -> Server,
+    handler: impl Fn(&Request) -> Result<R, HandlerError> + Send + Sync + 'static,
+) -> Serving {
+    let server = Server::new(url()).unwrap().queue(queue);
+    configure(server).start(handler).unwrap()
 }
 
-impl Local {
-    /// Starts it; back when it consumes.
-    pub fn start(
-        configure: impl FnOnce(&mut ServerConfig),
-        handler: impl Fn(Request) -> Result<Vec<u8>, RemoteError> + Send + Sync + 'static,
-    ) -> Local {
-        let mut config = ServerConfig::default();
-        config.endpoints = url().parse().unwrap();
-        configure(&mut config);
-        let server = Server::new(config).unwrap();
-        let (stop, stopped) = bounded(0);
-        let (ready, is_ready) = bounded(1);
-        let ended =
-            thread::spawn(move || server.run(handler, move || _ = ready.try_send(()), stopped));
-        is_ready
-            .recv_timeout(PATIENCE)
-            .expect("the server is ready");
-        Local {
-            stop: Some(stop),
-            ended: Some(ended),
+/// Stops a server that is expected to drain.
+pub fn stop(serving: Serving) -> ServerStats {
+    serving.stop().unwrap()
+}
+
+/// A client of the library that calls one queue.
+#[derive(Clone)]
+pub struct Caller {
+    pub client: Client,
+    pub queue: String,
+}
+
+impl Caller {
+    pub fn new(
+        url: &str,
+        queue: &str,
+        configure: impl FnOnce(ClientBuilder) -> ClientBuilder,
+    ) -> Caller {
+        Caller {
+            client: configure(Client::builder(url).unwrap()).build().unwrap(),
+            queue: queue.to_owned(),
         }
     }
 
-    /// Tells it to stop; back when it has.
-    pub fn stop(mut self) -> Result<fibrpc::ServerStats, Error> {
-        self.stop = None;
-        self.ended.take().unwrap().join().unwrap()
+    /// Calls; the reply's body.
+    pub fn call(&self, body: impl Into<Vec<u8>>) -> Result<Vec<u8>, Error> {
+        self.client.call(&self.queue, body).map(|reply| reply.body)
+    }
+
+    /// A request to the queue.
+    pub fn request(&self) -> fibrpc::RequestBuilder<'_> {
+        self.client.request(&self.queue)
+    }
+
+    pub fn stats(&self) -> fibrpc::ClientStats {
+        self.client.stats()
     }
 }
 
-/// A client of the library.
-pub fn client(url: &str, queue: &str, timeout: Duration) -> Client {
-    let mut config = ClientConfig::default();
-    config.endpoints = url.parse::<Endpoints>().unwrap();
-    config.queue = queue.to_owned();
-    config.timeout = timeout;
-    Client::new(config).unwrap()
+/// A client of the library, with a timeout.
+pub fn client(url: &str, queue: &str, timeout: Duration) -> Caller {
+    Caller::new(url, queue, |client| client.timeout(timeout))
 }
 
 /// A bare AMQP peer, for messages that our client would not send.

@@ -153,21 +153,16 @@ fn a_broker_with_the_right_certificate_is_used_by_name_and_by_address_and_others
 fn bodies_of_16_mib_pass_both_ways_through_tls() {
     let broker = TlsBroker::start(&["localhost"], false, "");
     let queue = unique("tls-large");
-    let mut tls = fibrpc::TlsOptions::default();
-    tls.ca_file = Some(broker.ca().into());
+    let tls = fibrpc::TlsOptions::new().ca_file(broker.ca());
     let endpoints: fibrpc::Endpoints = broker.url("localhost").parse().unwrap();
     let endpoints = endpoints.with_tls(tls);
-    let configure = |config: &mut fibrpc::ServerConfig| {
-        config.endpoints = endpoints.clone();
-        config.queue.clone_from(&queue);
-    };
-    let echo = crate::support::Local::start(configure, |request| Ok(request.body));
-    let mut config = fibrpc::ClientConfig::default();
-    config.endpoints = endpoints.clone();
-    config.queue.clone_from(&queue);
-    config.timeout = 2 * PATIENCE;
-    config.wait_for_server = true;
-    let client = fibrpc::Client::new(config).unwrap();
+    let echo = fibrpc::Server::new(&endpoints)
+        .unwrap()
+        .queue(&queue)
+        .start(|request: &fibrpc::Request| Ok(request.body().to_vec()))
+        .unwrap();
+    let client = fibrpc::Client::builder(&endpoints).unwrap();
+    let client = client.timeout(2 * PATIENCE).build().unwrap();
     let bodies: Vec<Vec<u8>> = (0..4_u8)
         .map(|salt| {
             (0..16 << 20)
@@ -175,8 +170,11 @@ fn bodies_of_16_mib_pass_both_ways_through_tls() {
                 .collect()
         })
         .collect();
-    for (answer, body) in client.call_many(&bodies, 2).zip(&bodies) {
-        assert!(answer.result.unwrap() == *body);
+    let requests = bodies
+        .iter()
+        .map(|body| client.request(&queue).body(&**body));
+    for (answer, body) in client.call_many(requests, 2).zip(&bodies) {
+        assert!(answer.result.unwrap().body == *body);
     }
     drop(client);
     echo.stop().unwrap();

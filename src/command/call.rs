@@ -1,9 +1,10 @@
 //! `fibrpc call`: asks for numbers, and prints the answers in the order of the questions.
 
-use crate::cli::{CallArgs, Global, Numbers, Output};
-use crate::numbers::{Next, Source};
-use crate::output::Lines;
-use crate::{INTERRUPTED, USAGE, class, on_first_signal, print_hint};
+use crate::command::cli::{CallArgs, Global, Numbers, Output};
+use crate::command::exit::{INTERRUPTED, USAGE, class, print_hint};
+use crate::command::lines::Lines;
+use crate::command::numbers::{Next, Source};
+use crate::command::signals::on_first_signal;
 use crossbeam_channel::bounded;
 use fibrpc::{Answer, Calls, Client, Error, RemoteError};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -25,7 +26,7 @@ const FAR_FUTURE: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// Runs the command; the exit code is that of the first failure.
 pub fn call(args: CallArgs, global: &Global) -> anyhow::Result<ExitCode> {
-    let client = Client::new(args.config(global)?)?;
+    let client = args.client(global)?;
     let (running, interrupt) = bounded(0);
     let interrupted = client.clone();
     on_first_signal(move || {
@@ -41,6 +42,8 @@ pub fn call(args: CallArgs, global: &Global) -> anyhow::Result<ExitCode> {
     };
     let run = Run {
         source,
+        client: &client,
+        queue: &global.queue,
         calls: client.calls(),
         window: args.concurrency.get(),
         open: VecDeque::new(),
@@ -53,7 +56,7 @@ pub fn call(args: CallArgs, global: &Global) -> anyhow::Result<ExitCode> {
             progressed: Instant::now(),
         },
     };
-    let first_failure = run.run(&client)?;
+    let first_failure = run.run()?;
     if client.is_closed() {
         return Ok(ExitCode::from(INTERRUPTED));
     }
@@ -63,6 +66,8 @@ pub fn call(args: CallArgs, global: &Global) -> anyhow::Result<ExitCode> {
 /// The calls under way, in the order of their questions.
 struct Run<'c> {
     source: Source,
+    client: &'c Client,
+    queue: &'c str,
     calls: Calls<'c, u64>,
     window: usize,
     /// Questions taken and answers not yet printed, the next to print first.
@@ -83,16 +88,17 @@ enum Open {
 impl Run<'_> {
     /// Runs to the end of the questions, or until the client is closed. Returns the exit code of
     /// the first failure, in the order of the questions.
-    fn run(mut self, client: &Client) -> io::Result<Option<u8>> {
+    fn run(mut self) -> io::Result<Option<u8>> {
         let mut ended = false;
         // Whether the question at the head has been announced.
         let mut announced = false;
-        while !client.is_closed() {
+        while !self.client.is_closed() {
             while !ended && self.open.len() < self.window {
                 // With nothing under way, there is nothing else to wait for.
                 match self.source.next(self.open.is_empty()) {
                     Next::Number(n) => {
-                        self.calls.submit(self.taken, n.to_string().as_bytes());
+                        let request = self.client.request(self.queue).body(n.to_string());
+                        self.calls.submit(self.taken, request);
                         self.open.push_back(Open::Waiting(n));
                     }
                     Next::Bad(reason) => self.open.push_back(Open::Bad(reason)),
@@ -138,7 +144,7 @@ impl Run<'_> {
                 self.file(answer);
             }
         }
-        if client.is_closed() {
+        if self.client.is_closed() {
             self.printer.interrupted(self.open.len())?;
         }
         self.printer.finish()
@@ -174,7 +180,7 @@ impl Printer {
     }
 
     fn answer(&mut self, n: i128, answer: &Answer<u64>) -> io::Result<()> {
-        let result = answer.result.clone().and_then(|body| decimal(&body));
+        let result = answer.result.clone().and_then(|reply| decimal(&reply.body));
         match (&result, self.output) {
             (_, Output::Json) => self.json(&JsonLine {
                 n: Some(n),
@@ -282,14 +288,16 @@ struct JsonError {
     message: String,
 }
 
-/// A reply's number. Anything else is an error that a server sent without our header.
+/// A reply's number. An empty one is how the tutorial's Java and .NET servers say that they failed,
+/// and anything else is an error that a server sent without our header.
 pub fn decimal(body: &[u8]) -> Result<String, Error> {
-    match str::from_utf8(body) {
-        Ok(text) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(text.to_owned()),
+    let reason = match str::from_utf8(body) {
+        Ok("") => "the reply is empty, which is how some servers say that they failed".to_owned(),
+        Ok(text) if text.bytes().all(|b| b.is_ascii_digit()) => return Ok(text.to_owned()),
         _ => {
             let shown = body[..body.len().min(100)].escape_ascii();
-            let message = format!("the answer is not a number: \"{shown}\"");
-            Err(Error::Remote(RemoteError::internal(message)))
+            format!("the answer is not a number: \"{shown}\"")
         }
-    }
+    };
+    Err(Error::Remote(RemoteError::internal(reason)))
 }

@@ -9,10 +9,9 @@ use amiquip::{
     AmqpProperties, Auth, Connection, ConnectionOptions, ConnectionTuning, ConsumerMessage,
     ConsumerOptions, Publish, QueueDeclareOptions,
 };
-use fibrpc::{Client, ClientConfig, Request, Server, ServerConfig};
+use fibrpc::{Client, Request, Server};
 use std::error::Error;
 use std::net::TcpStream;
-use std::thread;
 use std::time::Instant;
 use url::Url;
 
@@ -24,17 +23,10 @@ const QUEUE: &str = "fibrpc.sequence";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let url = std::env::var("AMQP_URL").map_err(|_| "AMQP_URL is not set; see scripts/broker")?;
-    let mut config = ServerConfig::default();
-    config.endpoints = url.parse()?;
-    config.queue = QUEUE.to_owned();
-    config.workers = 4;
-    let (running, stop) = crossbeam_channel::bounded::<()>(0);
-    let (ready, is_ready) = crossbeam_channel::bounded(1);
-    let server = thread::spawn(move || {
-        let echo = |request: Request| Ok(request.body);
-        Server::new(config)?.run(echo, move || _ = ready.send(()), stop)
-    });
-    is_ready.recv()?;
+    let serving = Server::new(&url)?
+        .queue(QUEUE)
+        .workers(4)
+        .start(|request: &Request| Ok(request.body().to_vec()))?;
     let (mut ours, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         ours.push(client(&url)?);
@@ -44,20 +36,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("fibrpc::Client     {ours:6.0} calls/s");
     println!("bare amiquip loop  {bare:6.0} calls/s");
     println!("ratio              {:6.2}", ours / bare);
-    drop(running);
-    server.join().map_err(|_| "the server panicked")??;
+    serving.stop()?;
     Ok(())
 }
 
 fn client(url: &str) -> Result<f64, Box<dyn Error>> {
-    let mut config = ClientConfig::default();
-    config.endpoints = url.parse()?;
-    config.queue = QUEUE.to_owned();
-    let client = Client::new(config)?;
-    client.call(b"1")?; // connects
+    let client = Client::new(url)?;
+    client.call(QUEUE, "1")?; // connects
     let began = Instant::now();
     for _ in 0..CALLS {
-        assert_eq!(client.call(b"1")?, b"1");
+        assert_eq!(client.call(QUEUE, "1")?.body, b"1");
     }
     Ok(f64::from(CALLS) / began.elapsed().as_secs_f64())
 }

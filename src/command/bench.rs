@@ -1,9 +1,11 @@
 //! `fibrpc bench`: a closed or an open loop of calls on one client, every answer checked, and the
 //! report on it.
 
-use crate::cli::{BenchArgs, Global, ReportKind};
-use crate::{INTERRUPTED, class, on_first_signal};
-use fibrpc::{Answer, Calls, Client, fib};
+use crate::command::cli::{BenchArgs, Global, ReportKind};
+use crate::command::exit::{INTERRUPTED, class};
+use crate::command::signals::on_first_signal;
+use crate::fib;
+use fibrpc::{Answer, Calls, Client};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -70,10 +72,10 @@ struct Report {
 
 /// Runs the command; the exit code is that of the commonest failure.
 pub fn bench(args: &BenchArgs, global: &Global) -> anyhow::Result<ExitCode> {
-    let client = Client::new(args.config(global)?)?;
+    let client = args.client(global)?;
     let interrupted = client.clone();
     on_first_signal(move || interrupted.close())?;
-    let report = run(&client, &args.plan());
+    let report = run(&client, &global.queue, &args.plan());
     let text = match args.output {
         ReportKind::Text => report.text(),
         ReportKind::Json => serde_json::to_string(&report.json())? + "\n",
@@ -87,16 +89,16 @@ pub fn bench(args: &BenchArgs, global: &Global) -> anyhow::Result<ExitCode> {
 }
 
 /// Runs a plan; ends early when the client is closed.
-fn run(client: &Client, plan: &Plan) -> Report {
+fn run(client: &Client, queue: &str, plan: &Plan) -> Report {
     if plan.warmup > 0 {
         let in_flight = match plan.pace {
             Pace::Closed { in_flight } => in_flight,
             Pace::Open { .. } => WARMUP_IN_FLIGHT,
         };
         let warmup = Length::Requests(plan.warmup);
-        Run::start(client, plan.argument, warmup).closed(in_flight);
+        Run::start(client, queue, plan.argument, warmup).closed(in_flight);
     }
-    let run = Run::start(client, plan.argument, plan.length);
+    let run = Run::start(client, queue, plan.argument, plan.length);
     match plan.pace {
         Pace::Closed { in_flight } => run.closed(in_flight),
         Pace::Open { per_second } => run.open(per_second),
@@ -106,6 +108,7 @@ fn run(client: &Client, plan: &Plan) -> Report {
 /// A run in progress.
 struct Run<'c> {
     client: &'c Client,
+    queue: &'c str,
     /// Each call's key is the time it was due.
     calls: Calls<'c, Instant>,
     request: Vec<u8>,
@@ -119,7 +122,7 @@ struct Run<'c> {
 }
 
 impl<'c> Run<'c> {
-    fn start(client: &'c Client, argument: u32, length: Length) -> Run<'c> {
+    fn start(client: &'c Client, queue: &'c str, argument: u32, length: Length) -> Run<'c> {
         let expected = fib::fast(argument).expect("the command line allows no larger n");
         let steps = match length {
             Length::Requests(requests) => requests,
@@ -133,6 +136,7 @@ impl<'c> Run<'c> {
         let now = Instant::now();
         Run {
             client,
+            queue,
             calls: client.calls(),
             request: argument.to_string().into_bytes(),
             expected: expected.to_string().into_bytes(),
@@ -204,7 +208,8 @@ impl<'c> Run<'c> {
     }
 
     fn send(&mut self, due: Instant) {
-        self.calls.submit(due, &self.request);
+        let request = self.client.request(self.queue);
+        self.calls.submit(due, request.body(&*self.request));
         self.sent += 1;
     }
 
@@ -214,7 +219,7 @@ impl<'c> Run<'c> {
         let report = &mut self.report;
         report.requests += 1;
         let failure = match &answer.result {
-            Ok(body) if *body == self.expected => {
+            Ok(reply) if reply.body == self.expected => {
                 report.ok += 1;
                 let latency = now.saturating_duration_since(answer.key).as_nanos() as u64;
                 report.latencies.saturating_record(latency);

@@ -1,11 +1,12 @@
 //! The command line: what may be typed, and the plain values that come of it.
 
-use crate::bench::{Length, Pace, Plan};
-use crate::numbers;
+use crate::command::bench::{Length, Pace, Plan};
+use crate::command::numbers;
+use crate::fib;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use fibrpc::{ClientConfig, Endpoints, QueueType, ReplyTo, ServerConfig, fib};
+use fibrpc::{Client, ClientBuilder, Endpoints, QueueType, ReplyTo, Retry, Server};
 use std::io::Write as _;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
@@ -65,6 +66,7 @@ pub struct Global {
         value_name = "NAME",
         env = "FIBRPC_QUEUE",
         default_value = "rpc_queue",
+        value_parser = queue_name,
         global = true
     )]
     pub queue: String,
@@ -284,7 +286,7 @@ enum ReplyKind {
 
 /// A server and what it computes, as plain values.
 pub struct ServerPlan {
-    pub config: ServerConfig,
+    pub server: Server,
     pub algorithm: Algorithm,
     pub max_n: u32,
     pub quiet: bool,
@@ -310,15 +312,19 @@ impl Global {
 
     #[cfg(feature = "tls")]
     fn tls(&self) -> fibrpc::TlsOptions {
-        let mut tls = fibrpc::TlsOptions::default();
-        tls.ca_file.clone_from(&self.tls_ca);
-        tls.client_certificate = self.tls_cert.clone().zip(self.tls_key.clone());
+        let mut tls = fibrpc::TlsOptions::new();
+        if let Some(file) = &self.tls_ca {
+            tls = tls.ca_file(file);
+        }
+        if let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) {
+            tls = tls.client_certificate(certificate, key);
+        }
         tls
     }
 }
 
 impl ServerArgs {
-    pub fn plan(self, global: &Global) -> Result<ServerPlan, clap::Error> {
+    pub fn plan(self, global: &Global) -> anyhow::Result<ServerPlan> {
         let (default_n, limit) = match self.algorithm {
             // fib(45) takes seconds; fib(60) would take an hour.
             Algorithm::Recursive => (45, fib::RECURSIVE_N_MAX),
@@ -326,26 +332,27 @@ impl ServerArgs {
         };
         let max_n = self.max_n.unwrap_or(default_n);
         if max_n > limit {
-            return Err(usage(format!(
+            let reason = format!(
                 "--max-n {max_n} is beyond what this algorithm counts to exactly, n = {limit}"
-            )));
+            );
+            return Err(usage(reason).into());
         }
-        let mut config = ServerConfig::default();
-        config.endpoints = global.endpoints()?;
-        config.queue.clone_from(&global.queue);
-        config.queue_type = match self.queue_type {
+        let queue_type = match self.queue_type {
             QueueKind::Transient => QueueType::Transient,
             QueueKind::Classic => QueueType::Classic,
             QueueKind::Quorum => QueueType::Quorum,
         };
+        let mut server = Server::new(global.endpoints()?)?
+            .queue(&global.queue)
+            .queue_type(queue_type)
+            .prefetch(self.prefetch.get())
+            .connect_timeout(self.connect_timeout)
+            .drain_timeout(self.drain_timeout);
         if let Some(workers) = self.workers {
-            config.workers = workers.get();
+            server = server.workers(workers.get());
         }
-        config.prefetch = self.prefetch.get();
-        config.connect_timeout = self.connect_timeout;
-        config.drain_timeout = self.drain_timeout;
         Ok(ServerPlan {
-            config,
+            server,
             algorithm: self.algorithm,
             max_n,
             quiet: self.quiet,
@@ -354,25 +361,22 @@ impl ServerArgs {
 }
 
 /// What `call` and `bench` have in common.
-fn client_config(
+fn client(
     global: &Global,
     reply_to: ReplyKind,
     timeout: Duration,
-) -> Result<ClientConfig, clap::Error> {
-    let mut config = ClientConfig::default();
-    config.endpoints = global.endpoints()?;
-    config.queue.clone_from(&global.queue);
-    config.reply_to = match reply_to {
+) -> anyhow::Result<ClientBuilder> {
+    let reply_to = match reply_to {
         ReplyKind::Queue => ReplyTo::Queue,
         ReplyKind::Direct => ReplyTo::Direct,
     };
-    config.timeout = timeout;
-    Ok(config)
+    let client = Client::builder(global.endpoints()?)?;
+    Ok(client.reply_to(reply_to).timeout(timeout))
 }
 
 impl BenchArgs {
-    pub fn config(&self, global: &Global) -> Result<ClientConfig, clap::Error> {
-        client_config(global, self.reply_to, self.timeout)
+    pub fn client(&self, global: &Global) -> anyhow::Result<Client> {
+        Ok(client(global, self.reply_to, self.timeout)?.build()?)
     }
 
     pub fn plan(&self) -> Plan {
@@ -414,12 +418,16 @@ impl CallArgs {
         }
     }
 
-    pub fn config(&self, global: &Global) -> Result<ClientConfig, clap::Error> {
-        let mut config = client_config(global, self.reply_to, self.timeout)?;
-        config.retry = !self.no_retry;
-        config.resend_after = self.resend_after;
-        config.wait_for_server = self.wait_for_server;
-        Ok(config)
+    pub fn client(&self, global: &Global) -> anyhow::Result<Client> {
+        let retry = match self.resend_after {
+            Some(time) => Retry::Unanswered(time),
+            None if self.no_retry => Retry::Never,
+            None => Retry::LostConnection,
+        };
+        let client = client(global, self.reply_to, self.timeout)?
+            .retry(retry)
+            .wait_for_server(self.wait_for_server);
+        Ok(client.build()?)
     }
 }
 
@@ -460,6 +468,15 @@ pub fn print_man() -> io::Result<()> {
         man.render_options_section(&mut out)?;
     }
     Ok(())
+}
+
+/// A queue's name: an AMQP short string.
+fn queue_name(name: &str) -> Result<String, String> {
+    match name.len() {
+        0 => Err("a queue's name cannot be empty".to_owned()),
+        1..=255 => Ok(name.to_owned()),
+        len => Err(format!("it has {len} bytes; AMQP allows 255")),
+    }
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

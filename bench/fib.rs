@@ -4,8 +4,12 @@
 //! cargo run --release --example fib 42
 //! ```
 
+#[allow(dead_code)] // it is the command's
+#[path = "../src/fib.rs"]
+mod fib;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let n = std::env::args().nth(1).ok_or("which n?")?.parse()?;
-    println!("{}", fibrpc::fib::recursive(n));
+    println!("{}", fib::recursive(n));
     Ok(())
 }

@@ -1,23 +1,24 @@
 //! The way in: who reads the socket.
 //!
 //! A thread that hands a message to another pays for it twice, once to wake it and once to be
-//! woken. So here the thread that waits for a message reads the socket itself: it takes the lead,
-//! blocks in `read`, and deals out whatever arrives, to itself and to others. There is one
-//! leader at a time, and while there is none, because everyone is busy or nobody waits, amiquip's
-//! I/O thread stands in for it: the socket is then watched for it, and it deals out by the
-//! connection's [`Sink`].
+//! woken. So here the thread that waits for a message reads the socket itself: it becomes the
+//! leader, blocks in `read`, and dispatches whatever comes in, to itself and to others. There is
+//! one leader at a time. While there is none, because everyone is busy or nobody waits, amiquip's
+//! I/O thread follows: the socket is then watched for it, and it dispatches to the connection's
+//! [`Sink`]. (The pattern is known as Leader/Followers, from Schmidt's paper of that name.)
 //!
-//! What is not of the class `basic` is left to amiquip: the leader puts it into a buffer that
-//! amiquip reads instead of the socket ([`crate::socket::Stream`]).
+//! What is not ours ([`super::incoming`]) is left to amiquip: the leader puts it into a buffer that
+//! amiquip reads instead of the socket ([`super::stream::Stream`]).
 
-use crate::arrival::{Arrival, Assembler, Goodbye, Malformed, frame_len};
-use crate::socket::{Down, Transport};
+use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, frame_len};
+use crate::amqp::sync::lock;
+use crate::amqp::transport::{Down, Transport};
 use mio::unix::EventedFd;
 use mio::{Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::{Duration, Instant};
 
 /// How much is read from the socket at a time, in bytes.
@@ -37,17 +38,17 @@ const HEARTBEAT_FRAME: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
 
 /// Where amiquip's I/O thread puts what arrives while no thread of ours leads.
 pub(crate) trait Sink: Send + Sync {
-    /// Something has arrived.
-    fn take(&self, arrival: Arrival);
+    /// Something has come in.
+    fn accept(&self, incoming: Incoming);
     /// That was all for now.
     fn done(&self);
 }
 
 /// For a connection on which nothing is consumed.
-pub(crate) struct Nowhere;
+pub(crate) struct Discard;
 
-impl Sink for Nowhere {
-    fn take(&self, _: Arrival) {}
+impl Sink for Discard {
+    fn accept(&self, _: Incoming) {}
     fn done(&self) {}
 }
 
@@ -70,11 +71,11 @@ pub(crate) struct Inbox {
     sink: Box<dyn Sink>,
     /// Why the broker has closed the connection, if it said so. amiquip forgets that when the
     /// socket then fails before it has answered.
-    goodbye: OnceLock<Goodbye>,
+    close_reason: OnceLock<CloseReason>,
 }
 
 struct Reader {
-    /// What has arrived and is not yet dealt out is `bytes[..filled]`.
+    /// What has arrived and is not yet dispatched is `bytes[..filled]`.
     bytes: Vec<u8>,
     filled: usize,
     assembler: Assembler,
@@ -133,7 +134,7 @@ impl Inbox {
             registration,
             call,
             sink,
-            goodbye: OnceLock::new(),
+            close_reason: OnceLock::new(),
         };
         inbox.watch();
         Ok(inbox)
@@ -155,7 +156,7 @@ impl Inbox {
             Err(TryLockError::WouldBlock) => return None,
             Err(TryLockError::Poisoned(_)) => {
                 // Nothing of ours panics while it leads. If something does, the connection is
-                // done for: what had arrived is half dealt out.
+                // done for: what had arrived is half dispatched.
                 self.fail(&io::Error::other("a thread panicked while it read"));
                 return None;
             }
@@ -184,9 +185,9 @@ impl Inbox {
         }
     }
 
-    /// Stands in for a leader, if there is none and the socket has something. Called by amiquip's
-    /// I/O thread.
-    pub fn stand_in(&self) {
+    /// Reads in place of a leader, if there is none and the socket has something. Called by
+    /// amiquip's I/O thread.
+    pub fn follow(&self) {
         let Some(mut lead) = self.try_read() else {
             // Whoever leads has the socket watched again afterwards. But a watch that has fired
             // tells of nothing more until that is taken; and if it was, and the leader has left
@@ -198,7 +199,7 @@ impl Inbox {
         };
         // Only now does it hold that what is there to read stays there.
         if self.has_fired() {
-            let _ = lead.read(READ_TIME_MAX, |arrival| self.sink.take(arrival));
+            let _ = lead.read(READ_TIME_MAX, |incoming| self.sink.accept(incoming));
             drop(lead);
             self.sink.done();
         } else {
@@ -208,8 +209,8 @@ impl Inbox {
     }
 
     /// Why the broker has closed the connection, if it said so.
-    pub fn goodbye(&self) -> Option<&Goodbye> {
-        self.goodbye.get()
+    pub fn close_reason(&self) -> Option<&CloseReason> {
+        self.close_reason.get()
     }
 
     /// Whether the watch has fired; if so, that is taken.
@@ -261,7 +262,7 @@ impl Inbox {
     }
 
     fn feed(&self) -> MutexGuard<'_, Feed> {
-        self.feed.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.feed)
     }
 }
 
@@ -298,7 +299,7 @@ impl Evented for Inbox {
     }
 }
 
-/// The right to read the socket, and the duty to deal out what arrives.
+/// The right to read the socket, and the duty to dispatch what comes in.
 pub(crate) struct Lead<'a> {
     inbox: &'a Inbox,
     /// `None` only while being dropped.
@@ -317,12 +318,12 @@ impl Drop for Lead<'_> {
 
 impl Lead<'_> {
     /// Waits for something to arrive, for about `time` and never much longer than
-    /// [`READ_TIME_MAX`], and deals it out. Nothing may arrive.
+    /// [`READ_TIME_MAX`], and dispatches it. Nothing may arrive.
     ///
     /// # Errors
     ///
     /// The connection is dead.
-    pub fn read(&mut self, time: Duration, mut take: impl FnMut(Arrival)) -> Result<(), Down> {
+    pub fn read(&mut self, time: Duration, mut take: impl FnMut(Incoming)) -> Result<(), Down> {
         let inbox = self.inbox;
         let Some(reader) = self.reader.as_deref_mut() else {
             return Err(Down);
@@ -349,7 +350,7 @@ impl Lead<'_> {
                 return Err(Down);
             }
         }
-        reader.deal_out(inbox, &mut take)
+        reader.dispatch(inbox, &mut take)
     }
 }
 
@@ -377,12 +378,12 @@ impl Reader {
         Ok(len)
     }
 
-    /// Deals out all whole frames.
+    /// Dispatches all whole frames.
     ///
     /// # Errors
     ///
     /// The connection is dead: one of them was malformed.
-    fn deal_out(&mut self, inbox: &Inbox, take: &mut impl FnMut(Arrival)) -> Result<(), Down> {
+    fn dispatch(&mut self, inbox: &Inbox, take: &mut impl FnMut(Incoming)) -> Result<(), Down> {
         let mut at = 0;
         let mut fed = false;
         while !self.foreign {
@@ -395,22 +396,22 @@ impl Reader {
                     break;
                 }
             };
-            let Ok(taken) = self.assembler.take(frame) else {
+            let Ok(parsed) = self.assembler.take(frame) else {
                 inbox.fail(&io::Error::new(
                     ErrorKind::InvalidData,
                     "the broker sent a malformed frame",
                 ));
                 return Err(Down);
             };
-            if taken.pass_on {
-                if let Some(goodbye) = Goodbye::from_frame(frame) {
-                    let _ = inbox.goodbye.set(goodbye); // the first counts
+            if parsed.pass_on {
+                if let Some(close_reason) = CloseReason::from_frame(frame) {
+                    let _ = inbox.close_reason.set(close_reason); // the first counts
                 }
                 inbox.feed().bytes.extend_from_slice(frame);
                 fed = true;
             }
-            if let Some(arrival) = taken.arrival {
-                take(arrival);
+            if let Some(incoming) = parsed.incoming {
+                take(incoming);
             }
             at += frame.len();
         }

@@ -3,8 +3,8 @@
 //! Why write frames beside an AMQP library? A publish through amiquip is three messages to its
 //! I/O thread, and up to three wake-ups, three writes and three TCP segments; with the
 //! acknowledgement four. Written here, a reply and its ack are one buffer and one write, made by
-//! the thread that has computed the reply (see [`crate::socket`]). What comes back is read in
-//! [`crate::arrival`].
+//! the thread that has computed the reply (see [`super::outbox`]). What comes back is read in
+//! [`super::incoming`].
 //!
 //! Source of the layout: AMQP 0-9-1 specification, sections 2.3.5 (frames) and 4.2 (grammar),
 //! and RabbitMQ's errata for the types of a field table.
@@ -43,12 +43,13 @@ const CONSUMER_TAG: &[u8] = b"fibrpc";
 /// The longest AMQP short string, in bytes: names of queues, correlation ids.
 pub(crate) const SHORT_STRING_MAX: usize = 255;
 
-/// The properties of a message that we send. Each is at most [`SHORT_STRING_MAX`] bytes.
+/// The properties of a message that we send. Each but the headers is at most [`SHORT_STRING_MAX`]
+/// bytes.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Properties<'a> {
     pub content_type: Option<&'a [u8]>,
-    /// One header, a name and its value.
-    pub header: Option<(&'a [u8], &'a [u8])>,
+    /// Names and values, with names of at most [`SHORT_STRING_MAX`] bytes.
+    pub headers: &'a [(String, String)],
     pub correlation_id: Option<&'a [u8]>,
     pub reply_to: Option<&'a [u8]>,
     /// How long the message may wait in a queue: milliseconds, in decimal.
@@ -159,7 +160,7 @@ fn put_sized(out: &mut Vec<u8>, content: impl FnOnce(&mut Vec<u8>)) {
 /// Appends the flags that say which properties follow, and those, in the order of the flags.
 fn put_properties(out: &mut Vec<u8>, properties: &Properties<'_>) {
     let flags = u16::from(properties.content_type.is_some()) << 15
-        | u16::from(properties.header.is_some()) << 13
+        | u16::from(!properties.headers.is_empty()) << 13
         | u16::from(properties.correlation_id.is_some()) << 10
         | u16::from(properties.reply_to.is_some()) << 9
         | u16::from(properties.expiration.is_some()) << 8;
@@ -167,11 +168,13 @@ fn put_properties(out: &mut Vec<u8>, properties: &Properties<'_>) {
     if let Some(content_type) = properties.content_type {
         put_short_string(out, content_type);
     }
-    if let Some((name, value)) = properties.header {
+    if !properties.headers.is_empty() {
         put_sized(out, |out| {
-            put_short_string(out, name);
-            out.push(b'S'); // a long string
-            put_sized(out, |out| out.extend_from_slice(value));
+            for (name, value) in properties.headers {
+                put_short_string(out, name.as_bytes());
+                out.push(b'S'); // a long string
+                put_sized(out, |out| out.extend_from_slice(value.as_bytes()));
+            }
         });
     }
     let rest = [
@@ -230,18 +233,19 @@ mod tests {
             key in "[a-z]{0,255}",
             mandatory: bool,
             content_type in proptest::option::of("[a-z/]{0,40}"),
-            header in proptest::option::of(("[a-z-]{1,20}", "\\PC{0,40}")),
+            headers in proptest::collection::btree_map("[a-z-]{1,20}", "\\PC{0,40}", 0..4),
             correlation_id in proptest::option::of("[0-9a-f]{0,255}"),
             reply_to in proptest::option::of("[a-z.]{0,255}"),
             expiration in proptest::option::of("[0-9]{1,9}"),
             body in proptest::collection::vec(any::<u8>(), 0..10_000),
         ) {
+            let headers: Vec<_> = headers.into_iter().collect();
             let message = Publish {
                 routing_key: key.as_bytes(),
                 mandatory,
                 properties: Properties {
                     content_type: content_type.as_ref().map(String::as_bytes),
-                    header: header.as_ref().map(|(name, value)| (name.as_bytes(), value.as_bytes())),
+                    headers: &headers,
                     correlation_id: correlation_id.as_ref().map(String::as_bytes),
                     reply_to: reply_to.as_ref().map(String::as_bytes),
                     expiration: expiration.as_ref().map(String::as_bytes),
@@ -265,10 +269,14 @@ mod tests {
             prop_assert_eq!(read.properties.correlation_id(), &correlation_id);
             prop_assert_eq!(read.properties.reply_to(), &reply_to);
             prop_assert_eq!(read.properties.expiration(), &expiration);
-            let headers = header.map(|(name, value)| {
-                FieldTable::from([(name, AMQPValue::LongString(value))])
-            });
-            prop_assert_eq!(read.properties.headers(), &headers);
+            let headers: FieldTable = headers
+                .into_iter()
+                .map(|(name, value)| (name, AMQPValue::LongString(value)))
+                .collect();
+            prop_assert_eq!(
+                read.properties.headers(),
+                &Some(headers).filter(|headers| !headers.is_empty())
+            );
             let mut content = Vec::new();
             for frame in &frames[2..] {
                 let AMQPFrame::Body(_, bytes) = frame else { panic!("not a body: {frame:?}") };

@@ -23,18 +23,48 @@ const WRITE_LEN: usize = 64 << 10;
 /// How a broker at `amqps://` is trusted, and how it is to trust us.
 ///
 /// The files are read with every connection, so that a renewed certificate needs no restart.
+///
+/// ```
+/// use fibrpc::{Endpoints, TlsOptions};
+///
+/// let brokers: Endpoints = "amqps://broker.example?auth_mechanism=external".parse()?;
+/// let brokers = brokers.with_tls(
+///     TlsOptions::new()
+///         .ca_file("/etc/app/broker-ca.pem")
+///         .client_certificate("/etc/app/app.pem", "/etc/app/app.key"),
+/// );
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct TlsOptions {
-    /// A PEM file of the certificates that may have signed the broker's. Default: those that the
-    /// system trusts.
-    pub ca_file: Option<PathBuf>,
-    /// PEM files of our own certificate, with those in between, and of its private key. Default:
-    /// none.
-    pub client_certificate: Option<(PathBuf, PathBuf)>,
+    ca_file: Option<PathBuf>,
+    client_certificate: Option<(PathBuf, PathBuf)>,
 }
 
 impl TlsOptions {
+    /// The system's certificates are trusted, and we show none of our own.
+    pub fn new() -> TlsOptions {
+        TlsOptions::default()
+    }
+
+    /// A PEM file of the certificates that may have signed the broker's; no others are trusted
+    /// then. Default: those that the system trusts.
+    pub fn ca_file(mut self, file: impl Into<PathBuf>) -> TlsOptions {
+        self.ca_file = Some(file.into());
+        self
+    }
+
+    /// PEM files of our own certificate, with those between it and the broker's authority, and of
+    /// its private key. Default: none.
+    pub fn client_certificate(
+        mut self,
+        certificate: impl Into<PathBuf>,
+        key: impl Into<PathBuf>,
+    ) -> TlsOptions {
+        self.client_certificate = Some((certificate.into(), key.into()));
+        self
+    }
+
     fn config(&self) -> Result<ClientConfig, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)

@@ -1,0 +1,26 @@
+//! AMQP 0-9-1 over a socket that amiquip and we share. It does not know what a request is.
+//!
+//! amiquip has the handshake, channels, queues and heartbeats; it is named in this folder alone.
+//! The class `basic` (publish, deliver, acknowledge, ...) is ours, in both directions, because a
+//! message that amiquip carries costs several wake-ups of threads, and one that we carry costs
+//! none. In reading order:
+
+pub(crate) mod endpoint; // brokers' URLs
+pub(crate) mod error; // what goes wrong, in our words
+
+pub(crate) mod frame; // the frames that we write; pure
+pub(crate) mod incoming; // the frames that we read; pure
+
+pub(crate) mod inbox; // who reads the socket
+pub(crate) mod outbox; // who writes it
+pub(crate) mod stream; // what amiquip takes for it
+#[cfg(feature = "tls")]
+pub(crate) mod tls;
+pub(crate) mod transport; // plain, or TLS
+
+pub(crate) mod channel;
+pub(crate) mod connection; // opening and closing one
+pub(crate) mod queue; // declaring one, asking after one
+
+pub(crate) mod sync; // locks and watchdogs
+pub(crate) mod time; // deadlines and back-off

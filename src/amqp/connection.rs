@@ -1,0 +1,318 @@
+//! Opening a connection to a broker, and closing it.
+//!
+//! Everything here that talks to a broker has a deadline. amiquip's round trips have none, so a
+//! [`Watchdog`](super::sync::Watchdog) is started before each: when its time is up, the socket is
+//! shut, and the round trip returns with an error.
+
+use crate::amqp::channel::{Channel, SETUP_TIME};
+use crate::amqp::endpoint::{Endpoint, Endpoints};
+use crate::amqp::error::reply_code::NOT_ALLOWED;
+use crate::amqp::error::{Error, describe, reply_code};
+use crate::amqp::inbox::{Inbox, Sink};
+use crate::amqp::outbox::Outbox;
+use crate::amqp::stream::{self, Opened};
+use crate::amqp::sync::Never;
+use crate::amqp::time::{share_of, time_left};
+#[cfg(feature = "tls")]
+use crate::amqp::tls::TlsStream;
+use crate::amqp::transport::Transport;
+use amiquip::{AmqpValue, Auth, ConnectionOptions, ConnectionTuning};
+use crossbeam_channel::{Receiver, bounded};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{io, process, thread};
+use url::Host;
+
+/// How long an orderly close may take. It is a courtesy: the broker notices a closed socket, too.
+const CLOSE_TIME: Duration = Duration::from_millis(150);
+
+/// A connection to a broker.
+///
+/// Dropped, it closes itself.
+pub(crate) struct Connection {
+    /// `None` once closed.
+    inner: Option<amiquip::Connection>,
+    /// The way in and the way out, for the class `basic`.
+    pub inbox: Arc<Inbox>,
+    pub outbox: Arc<Outbox>,
+    /// Disconnected when the connection is dead.
+    pub down: Receiver<Never>,
+    /// The two addresses, which is the connection's name in the broker's own lists.
+    pub name: String,
+}
+
+impl Connection {
+    /// Connects to the first of the brokers that answers. Each gets an equal share of the time.
+    ///
+    /// `purpose` says in the broker's list of connections what this one is for. `sink` makes what
+    /// takes the messages that no thread of ours reads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unreachable`], with what happened at each of them.
+    pub fn open(
+        endpoints: &Endpoints,
+        purpose: &str,
+        deadline: Instant,
+        sink: &dyn Fn() -> Box<dyn Sink>,
+    ) -> Result<Connection, Error> {
+        let mut failures = Vec::new();
+        for (index, endpoint) in endpoints.list.iter().enumerate() {
+            let deadline = share_of(deadline, endpoints.list.len() - index);
+            match endpoint.open(endpoints, purpose, deadline, sink) {
+                Ok(connection) => {
+                    log::info!("connected to {endpoint} as {}", connection.name);
+                    return Ok(connection);
+                }
+                Err(failure) => failures.push((endpoint, failure)),
+            }
+        }
+        let reason = match &failures[..] {
+            [(_, only)] => only.reason.clone(),
+            all => all
+                .iter()
+                .map(|(endpoint, failure)| format!("{endpoint}: {}", failure.reason))
+                .collect::<Vec<_>>()
+                .join("; "),
+        };
+        let source = failures
+            .into_iter()
+            .next()
+            .and_then(|(_, failure)| failure.source);
+        Err(Error::Unreachable {
+            endpoint: endpoints.to_string(),
+            reason,
+            source: source.map(|error| Arc::new(error) as _),
+        })
+    }
+
+    /// Opens a channel.
+    ///
+    /// # Errors
+    ///
+    /// The connection died or the broker did not answer in time.
+    pub fn open_channel(&mut self) -> Result<Channel, Error> {
+        let _watchdog = self.outbox.abort_after(SETUP_TIME);
+        let opened = match &mut self.inner {
+            Some(inner) => inner.open_channel(None),
+            None => Err(amiquip::Error::ClientClosedConnection),
+        };
+        opened
+            .map(|channel| Channel::new(channel, Arc::clone(&self.outbox)))
+            .map_err(|error| Error::lost(&error))
+    }
+
+    /// What the broker says of itself under this name, if that is a text.
+    pub fn server_property(&self, name: &str) -> Option<String> {
+        match self.inner.as_ref()?.server_properties().get(name) {
+            Some(AmqpValue::LongString(value)) => Some(value.clone()),
+            _ => None,
+        }
+    }
+
+    /// Closes in good order, or after [`CLOSE_TIME`] without; closed already, does nothing.
+    ///
+    /// # Errors
+    ///
+    /// Why the connection had died, if it had: amiquip often tells only here.
+    pub fn close(&mut self) -> Result<(), String> {
+        let Some(inner) = self.inner.take() else {
+            return Ok(());
+        };
+        let _watchdog = self.outbox.abort_after(CLOSE_TIME);
+        let closed = inner.close();
+        // The broker's last word tells more than how the socket ended.
+        match self.inbox.close_reason() {
+            Some(reason) => Err(reason.to_string()),
+            None => closed.map_err(|error| describe(&error)),
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            log::debug!("closing {}: {error}", self.name);
+        }
+    }
+}
+
+/// Why a broker could not be reached.
+struct Failure {
+    reason: String,
+    source: Option<io::Error>,
+}
+
+impl Failure {
+    fn new(reason: impl Into<String>) -> Failure {
+        Failure {
+            reason: reason.into(),
+            source: None,
+        }
+    }
+
+    fn io(what: &str, error: io::Error) -> Failure {
+        Failure {
+            reason: format!("{what}: {error}"),
+            source: Some(error),
+        }
+    }
+}
+
+impl Endpoint {
+    fn open(
+        &self,
+        endpoints: &Endpoints,
+        purpose: &str,
+        deadline: Instant,
+        sink: &dyn Fn() -> Box<dyn Sink>,
+    ) -> Result<Connection, Failure> {
+        let addresses = self.resolve(deadline)?;
+        let mut last = Failure::new("the name has no address");
+        // `localhost` is two addresses, and most brokers listen on one of them.
+        for (index, address) in addresses.iter().enumerate() {
+            let deadline = share_of(deadline, addresses.len() - index);
+            match TcpStream::connect_timeout(address, time_left(deadline)) {
+                Ok(socket) => {
+                    return self.shake_hands(socket, endpoints, purpose, deadline, sink());
+                }
+                Err(error) => last = Failure::io(&format!("connecting to {address}"), error),
+            }
+        }
+        Err(last)
+    }
+
+    /// The addresses of the host. The system's resolver cannot be interrupted, so it runs in a
+    /// thread that is left behind if it does not answer.
+    fn resolve(&self, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
+        let name = match &self.host {
+            Host::Ipv4(ip) => return Ok(vec![SocketAddr::new(IpAddr::V4(*ip), self.port)]),
+            Host::Ipv6(ip) => return Ok(vec![SocketAddr::new(IpAddr::V6(*ip), self.port)]),
+            Host::Domain(name) => name.clone(),
+        };
+        let what = format!("resolving the name '{name}'");
+        let (answer, answered) = bounded(1);
+        let port = self.port;
+        let resolve = move || {
+            // Nobody may be waiting any more.
+            let _ = answer.send((name.as_str(), port).to_socket_addrs().map(Vec::from_iter));
+        };
+        thread::Builder::new()
+            .name("fibrpc-resolve".to_owned())
+            .spawn(resolve)
+            .map_err(|error| Failure::io("starting a thread", error))?;
+        match answered.recv_deadline(deadline) {
+            Ok(Ok(addresses)) => Ok(addresses),
+            Ok(Err(error)) => Err(Failure::io(&what, error)),
+            Err(_) => Err(Failure::new(format!("{what}: no answer in time"))),
+        }
+    }
+
+    #[cfg(feature = "tls")]
+    fn transport(
+        &self,
+        socket: TcpStream,
+        endpoints: &Endpoints,
+        deadline: Instant,
+    ) -> Result<Transport, Failure> {
+        if !self.tls {
+            return Ok(Transport::Plain(Arc::new(socket)));
+        }
+        TlsStream::connect(socket, &self.host, &endpoints.tls, deadline)
+            .map(|stream| Transport::Tls(Arc::new(stream)))
+            .map_err(|reason| Failure::new(format!("TLS handshake: {reason}")))
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn transport(
+        &self,
+        socket: TcpStream,
+        _: &Endpoints,
+        _: Instant,
+    ) -> Result<Transport, Failure> {
+        Ok(Transport::Plain(Arc::new(socket)))
+    }
+
+    fn shake_hands(
+        &self,
+        socket: TcpStream,
+        endpoints: &Endpoints,
+        purpose: &str,
+        deadline: Instant,
+        sink: Box<dyn Sink>,
+    ) -> Result<Connection, Failure> {
+        let name = match (socket.local_addr(), socket.peer_addr()) {
+            (Ok(local), Ok(peer)) => format!("{local} -> {peer}"),
+            _ => "a connection already lost".to_owned(),
+        };
+        let transport = self.transport(socket, endpoints, deadline)?;
+        let Opened {
+            stream,
+            inbox,
+            outbox,
+            down,
+        } = stream::share(transport, sink)
+            .map_err(|error| Failure::io("setting up the socket", error))?;
+        let options = ConnectionOptions::default()
+            .auth(match self.external {
+                true => Auth::External,
+                false => Auth::Plain {
+                    username: self.user.clone(),
+                    password: self.password.clone(),
+                },
+            })
+            .virtual_host(&self.vhost)
+            .heartbeat(self.heartbeat_seconds)
+            .information(Some(format!("fibrpc {purpose}, pid {}", process::id())));
+        let _watchdog = outbox.abort_after(time_left(deadline));
+        let opened =
+            amiquip::Connection::insecure_open_stream(stream, options, ConnectionTuning::default());
+        match opened {
+            Ok(inner) => Ok(Connection {
+                inner: Some(inner),
+                inbox,
+                outbox,
+                down,
+                name,
+            }),
+            Err(_) if Instant::now() >= deadline => {
+                Err(Failure::new("AMQP handshake: no answer in time"))
+            }
+            // RabbitMQ closes the socket without a word on wrong credentials, and also while it
+            // is still booting.
+            Err(amiquip::Error::InvalidCredentials) if self.external => Err(Failure::new(
+                "it refused our certificate as a user (wrong name in it? or still starting?)",
+            )),
+            Err(amiquip::Error::InvalidCredentials) => Err(Failure::new(format!(
+                "it refused the user '{}' (wrong password? or still starting?)",
+                self.user
+            ))),
+            Err(error) if reply_code(&error) == Some(NOT_ALLOWED) => Err(Failure::new(format!(
+                "{}; `rabbitmqctl add_vhost` and `set_permissions` change that, or name another \
+                     virtual host at the end of the URL",
+                describe(&error)
+            ))),
+            Err(error) => Err(Failure::new(format!(
+                "AMQP handshake: {}",
+                describe(&error)
+            ))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::amqp::inbox::Discard;
+
+    #[test]
+    fn a_name_that_does_not_resolve_is_unreachable_and_says_so() {
+        let endpoints: Endpoints = "amqp://no-such-host.invalid".parse().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let error = Connection::open(&endpoints, "test", deadline, &|| Box::new(Discard))
+            .map(drop)
+            .unwrap_err();
+        assert!(error.reason().contains("no-such-host.invalid"), "{error:?}");
+    }
+}

@@ -1,0 +1,479 @@
+//! What comes in: from frames to deliveries, returned messages, and events of a channel. Pure; no
+//! I/O.
+//!
+//! We read the class `basic` and two notices; everything else is amiquip's. So a delivery is read
+//! here, by the thread that waits for it, and amiquip never sees one. That also decides what a
+//! stranger's message can do to us: nothing. Headers are skipped by their lengths and never parsed
+//! recursively, so a table nested a thousand deep is so many bytes. Property values are bytes, and
+//! need be no text.
+
+use crate::amqp::frame::{
+    BASIC_CANCEL, BASIC_CANCEL_OK, BASIC_CONSUME_OK, BASIC_DELIVER, BASIC_RETURN, BODY,
+    CLASS_BASIC, END, HEADER, METHOD, OVERHEAD, PREFIX_LEN,
+};
+use std::fmt;
+
+const CLASS_CONNECTION: u16 = 10;
+const CONNECTION_CLOSE: u16 = 50;
+const CONNECTION_BLOCKED: u16 = 60;
+const CONNECTION_UNBLOCKED: u16 = 61;
+
+const CLASS_CHANNEL: u16 = 20;
+const CHANNEL_CLOSE: u16 = 40;
+const CHANNEL_CLOSE_OK: u16 = 41;
+
+const HEARTBEAT: u8 = 8;
+
+/// A frame longer than this is none, in bytes. RabbitMQ's are 128 KiB at most, unless configured
+/// otherwise.
+const FRAME_MAX: usize = 16 << 20;
+
+/// How much memory is set aside for a message before its content is there, in bytes: what is said
+/// of a length is a claim. It is the most that RabbitMQ 3 takes unless configured otherwise, and
+/// until it is used it is only a range of addresses.
+const RESERVED_MAX: usize = 128 << 20;
+
+/// A message as it arrived.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Message {
+    pub head: Head,
+    pub body: Vec<u8>,
+}
+
+/// The part of a content header that holds the properties: flags, and what they announce.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Head(Vec<u8>);
+
+/// What comes in for us.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Incoming {
+    /// A message from a queue.
+    Delivery(Delivery),
+    /// A message of ours that the broker could not route.
+    Returned(Message),
+    /// Something has happened to the channel of that number.
+    Channel(u16, ChannelEvent),
+    /// The broker has stopped reading what we publish, for this reason (`connection.blocked`).
+    /// Source: <https://www.rabbitmq.com/docs/connection-blocked>.
+    Blocked(String),
+    /// The broker reads again.
+    Unblocked,
+}
+
+/// A message that a queue has given to one of our consumers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Delivery {
+    pub channel: u16,
+    /// What an acknowledgement on that channel refers to.
+    pub tag: u64,
+    pub redelivered: bool,
+    pub message: Message,
+}
+
+/// What can happen to a channel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ChannelEvent {
+    /// It consumes.
+    Consuming,
+    /// It does not consume any more, as we asked.
+    Cancelled,
+    /// It does not consume any more: its queue is gone.
+    QueueGone,
+    /// The broker closed it, for this reason. amiquip is told as well, since it has to answer.
+    Closed(CloseReason),
+}
+
+/// The properties of a message that we read, verbatim: any bytes that the peer chose.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Received<'a> {
+    pub content_type: Option<&'a [u8]>,
+    /// The content of the headers' table.
+    pub headers: Table<'a>,
+    pub correlation_id: Option<&'a [u8]>,
+    pub reply_to: Option<&'a [u8]>,
+    pub message_id: Option<&'a [u8]>,
+    /// Milliseconds, in decimal.
+    pub expiration: Option<&'a [u8]>,
+}
+
+/// The content of a field table: names and values, as they lie on the wire.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Table<'a>(&'a [u8]);
+
+/// The value of a field.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum FieldValue<'a> {
+    Text(&'a [u8]),
+    Integer(i64),
+    Float(f64),
+    Boolean(bool),
+    /// Nothing that is one line of text: bytes, a time, a table, an array.
+    Other,
+}
+
+impl Head {
+    /// The properties, as far as they are well-formed. Source: AMQP 0-9-1, section 4.2.6.1.
+    pub fn properties(&self) -> Received<'_> {
+        let mut received = Received::default();
+        let mut cursor = Cursor(&self.0);
+        let Some(flags) = cursor.u16() else {
+            return received;
+        };
+        // The types of the 14 properties, from the flags' highest bit down: a short string, a
+        // table, or a number of so many octets.
+        const TYPES: &[u8; 14] = b"ssF11ssss8ssss";
+        for (index, kind) in TYPES.iter().enumerate() {
+            if flags >> (15 - index) & 1 == 0 {
+                continue;
+            }
+            let value = match kind {
+                b's' => cursor.short_string(),
+                b'F' => cursor.u32().and_then(|len| cursor.take(len)),
+                octets => cursor.take(usize::from(octets - b'0')),
+            };
+            let Some(value) = value else { break };
+            match index {
+                0 => received.content_type = Some(value),
+                2 => received.headers = Table(value),
+                5 => received.correlation_id = Some(value),
+                6 => received.reply_to = Some(value),
+                7 => received.expiration = Some(value),
+                8 => received.message_id = Some(value),
+                _ => {}
+            }
+        }
+        received
+    }
+}
+
+impl<'a> Table<'a> {
+    /// The value of the first field of that name.
+    pub fn get(mut self, name: &str) -> Option<FieldValue<'a>> {
+        self.find(|(key, _)| *key == name.as_bytes())
+            .map(|(_, value)| value)
+    }
+}
+
+/// Gives the fields one after the other, as far as they are well-formed.
+impl<'a> Iterator for Table<'a> {
+    type Item = (&'a [u8], FieldValue<'a>);
+
+    fn next(&mut self) -> Option<(&'a [u8], FieldValue<'a>)> {
+        let mut cursor = Cursor(self.0);
+        let name = cursor.short_string()?;
+        let value = cursor.field_value()?;
+        self.0 = cursor.0;
+        Some((name, value))
+    }
+}
+
+/// What is not AMQP, or not in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Malformed;
+
+/// The length of the frame that `bytes` begin with; `None` while that cannot be told.
+///
+/// # Errors
+///
+/// It is no frame. A broker that does not speak our version answers so.
+pub(crate) fn frame_len(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
+    if let Some(kind) = bytes.first()
+        && !matches!(*kind, METHOD | HEADER | BODY | HEARTBEAT)
+    {
+        return Err(Malformed);
+    }
+    let Some(([.., a, b, c, d], _)) = bytes.split_first_chunk::<PREFIX_LEN>() else {
+        return Ok(None);
+    };
+    match u32::from_be_bytes([*a, *b, *c, *d]) as usize + OVERHEAD {
+        len if len <= FRAME_MAX => Ok(Some(len)),
+        _ => Err(Malformed),
+    }
+}
+
+/// Why the broker closes a connection or a channel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct CloseReason {
+    pub code: u16,
+    pub text: String,
+}
+
+impl fmt::Display for CloseReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Some of RabbitMQ's texts have several lines.
+        let words: Vec<_> = self.text.split_whitespace().collect();
+        write!(f, "the broker said {} {}", self.code, words.join(" "))
+    }
+}
+
+impl CloseReason {
+    /// Reads it from the frame that says so; `None` from any other.
+    pub fn from_frame(frame: &[u8]) -> Option<CloseReason> {
+        let (prefix, payload) = frame.split_first_chunk::<PREFIX_LEN>()?;
+        let mut cursor = Cursor(payload);
+        (prefix[0] == METHOD
+            && cursor.u16() == Some(CLASS_CONNECTION)
+            && cursor.u16() == Some(CONNECTION_CLOSE))
+        .then(|| cursor.close_reason())
+    }
+}
+
+/// What became of a frame.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Parsed {
+    /// What it was, or what it completed.
+    pub incoming: Option<Incoming>,
+    /// Whether amiquip is to have it.
+    pub pass_on: bool,
+}
+
+impl Parsed {
+    /// Something that amiquip is not to have.
+    fn ours(incoming: impl Into<Option<Incoming>>) -> Parsed {
+        Parsed {
+            incoming: incoming.into(),
+            pass_on: false,
+        }
+    }
+}
+
+/// Puts messages together from their frames. Those of one channel come one after the other;
+/// those of several may mingle.
+#[derive(Default)]
+pub(crate) struct Assembler {
+    unfinished: Vec<Unfinished>,
+}
+
+/// A message whose frames have not all arrived.
+struct Unfinished {
+    channel: u16,
+    /// What it will be; its message is filled in as it arrives.
+    incoming: Incoming,
+    /// How much of the body is still to come; `None` before the content header.
+    missing: Option<u64>,
+}
+
+impl Assembler {
+    /// Takes one whole frame.
+    ///
+    /// # Errors
+    ///
+    /// It is malformed, or out of order.
+    pub fn take(&mut self, frame: &[u8]) -> Result<Parsed, Malformed> {
+        let (prefix, rest) = frame.split_first_chunk::<PREFIX_LEN>().ok_or(Malformed)?;
+        let (&end, payload) = rest.split_last().ok_or(Malformed)?;
+        if end != END {
+            return Err(Malformed);
+        }
+        let channel = u16::from_be_bytes([prefix[1], prefix[2]]);
+        match prefix[0] {
+            METHOD => self.method(channel, payload),
+            HEADER => self.header(channel, payload).map(Parsed::ours),
+            BODY => self.body(channel, payload).map(Parsed::ours),
+            _ => Ok(Parsed {
+                incoming: None,
+                pass_on: true,
+            }),
+        }
+    }
+
+    fn method(&mut self, channel: u16, payload: &[u8]) -> Result<Parsed, Malformed> {
+        let mut cursor = Cursor(payload);
+        let class = cursor.u16().ok_or(Malformed)?;
+        let method = cursor.u16().ok_or(Malformed)?;
+        let incoming = match (class, method) {
+            (CLASS_BASIC, BASIC_DELIVER) => {
+                cursor.short_string().ok_or(Malformed)?; // the consumer's tag
+                let tag = cursor.u64().ok_or(Malformed)?;
+                let redelivered = cursor.u8().ok_or(Malformed)? & 1 == 1;
+                let delivery = Delivery {
+                    channel,
+                    tag,
+                    redelivered,
+                    message: Message::default(),
+                };
+                self.begin(channel, Incoming::Delivery(delivery))?;
+                None
+            }
+            (CLASS_BASIC, BASIC_RETURN) => {
+                self.begin(channel, Incoming::Returned(Message::default()))?;
+                None
+            }
+            (CLASS_BASIC, BASIC_CONSUME_OK) => {
+                Some(Incoming::Channel(channel, ChannelEvent::Consuming))
+            }
+            (CLASS_BASIC, BASIC_CANCEL_OK) => {
+                Some(Incoming::Channel(channel, ChannelEvent::Cancelled))
+            }
+            (CLASS_BASIC, BASIC_CANCEL) => {
+                Some(Incoming::Channel(channel, ChannelEvent::QueueGone))
+            }
+            (CLASS_CHANNEL, CHANNEL_CLOSE | CHANNEL_CLOSE_OK) => {
+                self.unfinished
+                    .retain(|unfinished| unfinished.channel != channel);
+                (method == CHANNEL_CLOSE).then(|| {
+                    Incoming::Channel(channel, ChannelEvent::Closed(cursor.close_reason()))
+                })
+            }
+            // amiquip would do no more than log them.
+            (CLASS_CONNECTION, CONNECTION_BLOCKED) => {
+                let reason = cursor.short_string().ok_or(Malformed)?;
+                let reason = String::from_utf8_lossy(reason).into_owned();
+                return Ok(Parsed::ours(Incoming::Blocked(reason)));
+            }
+            (CLASS_CONNECTION, CONNECTION_UNBLOCKED) => {
+                return Ok(Parsed::ours(Incoming::Unblocked));
+            }
+            _ => None,
+        };
+        Ok(Parsed {
+            incoming,
+            pass_on: class != CLASS_BASIC,
+        })
+    }
+
+    fn begin(&mut self, channel: u16, incoming: Incoming) -> Result<(), Malformed> {
+        if self.position(channel).is_some() {
+            return Err(Malformed);
+        }
+        self.unfinished.push(Unfinished {
+            channel,
+            incoming,
+            missing: None,
+        });
+        Ok(())
+    }
+
+    fn position(&self, channel: u16) -> Option<usize> {
+        self.unfinished
+            .iter()
+            .position(|unfinished| unfinished.channel == channel)
+    }
+
+    fn header(&mut self, channel: u16, payload: &[u8]) -> Result<Option<Incoming>, Malformed> {
+        let mut cursor = Cursor(payload);
+        cursor.u32().ok_or(Malformed)?; // class and weight
+        let body_len = cursor.u64().ok_or(Malformed)?;
+        let at = self.position(channel).ok_or(Malformed)?;
+        let unfinished = &mut self.unfinished[at];
+        if unfinished.missing.replace(body_len).is_some() {
+            return Err(Malformed);
+        }
+        let message = unfinished.message();
+        message.head = Head(cursor.0.to_vec());
+        let reserved = usize::try_from(body_len).unwrap_or(usize::MAX);
+        message.body = Vec::with_capacity(reserved.min(RESERVED_MAX));
+        Ok(self.finish(at))
+    }
+
+    fn body(&mut self, channel: u16, payload: &[u8]) -> Result<Option<Incoming>, Malformed> {
+        let at = self.position(channel).ok_or(Malformed)?;
+        let unfinished = &mut self.unfinished[at];
+        let missing = unfinished.missing.as_mut().ok_or(Malformed)?;
+        *missing = missing.checked_sub(payload.len() as u64).ok_or(Malformed)?;
+        unfinished.message().body.extend_from_slice(payload);
+        Ok(self.finish(at))
+    }
+
+    fn finish(&mut self, at: usize) -> Option<Incoming> {
+        (self.unfinished[at].missing == Some(0)).then(|| self.unfinished.swap_remove(at).incoming)
+    }
+}
+
+impl Unfinished {
+    fn message(&mut self) -> &mut Message {
+        match &mut self.incoming {
+            Incoming::Delivery(Delivery { message, .. }) | Incoming::Returned(message) => message,
+            other => unreachable!("{other:?} has no content"),
+        }
+    }
+}
+
+/// What is left to read of some bytes.
+struct Cursor<'a>(&'a [u8]);
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (taken, rest) = self.0.split_first_chunk::<N>()?;
+        self.0 = rest;
+        Some(*taken)
+    }
+
+    fn u8(&mut self) -> Option<u8> {
+        self.array::<1>().map(|[octet]| octet)
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_be_bytes)
+    }
+
+    /// A length.
+    fn u32(&mut self) -> Option<usize> {
+        self.array()
+            .map(|octets| u32::from_be_bytes(octets) as usize)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_be_bytes)
+    }
+
+    /// A field's type and value. Source of the types and lengths:
+    /// <https://www.rabbitmq.com/amqp-0-9-1-errata#section_3>.
+    fn field_value(&mut self) -> Option<FieldValue<'a>> {
+        Some(match self.u8()? {
+            b'V' => FieldValue::Other,
+            b't' => FieldValue::Boolean(self.u8()? != 0),
+            b'b' => FieldValue::Integer(i8::from_be_bytes(self.array()?).into()),
+            b'B' => FieldValue::Integer(self.u8()?.into()),
+            b's' => FieldValue::Integer(i16::from_be_bytes(self.array()?).into()),
+            b'u' => FieldValue::Integer(self.u16()?.into()),
+            b'I' => FieldValue::Integer(i32::from_be_bytes(self.array()?).into()),
+            b'i' => FieldValue::Integer(u32::from_be_bytes(self.array()?).into()),
+            b'l' | b'L' => FieldValue::Integer(i64::from_be_bytes(self.array()?)),
+            b'f' => FieldValue::Float(f32::from_be_bytes(self.array()?).into()),
+            b'd' => FieldValue::Float(f64::from_be_bytes(self.array()?)),
+            b'D' => {
+                let scale = self.u8()?;
+                let unscaled = i32::from_be_bytes(self.array()?);
+                FieldValue::Float(f64::from(unscaled) / 10_f64.powi(scale.into()))
+            }
+            b'T' => {
+                self.u64()?;
+                FieldValue::Other
+            }
+            kind @ (b'S' | b'x' | b'F' | b'A') => {
+                let len = self.u32()?;
+                let value = self.take(len)?;
+                match kind {
+                    b'S' => FieldValue::Text(value),
+                    _ => FieldValue::Other,
+                }
+            }
+            _ => return None,
+        })
+    }
+
+    fn short_string(&mut self) -> Option<&'a [u8]> {
+        let len = self.u8()?;
+        self.take(usize::from(len))
+    }
+
+    /// The beginning of `connection.close` and `channel.close`.
+    fn close_reason(&mut self) -> CloseReason {
+        let code = self.u16().unwrap_or_default();
+        let text = self.short_string().unwrap_or_default();
+        CloseReason {
+            code,
+            text: String::from_utf8_lossy(text).into_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

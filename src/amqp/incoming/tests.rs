@@ -1,0 +1,333 @@
+use super::*;
+use crate::amqp::frame::{Properties, Publish, put_ack, put_publish};
+use proptest::prelude::*;
+
+/// A delivery as the broker writes it. Its content is laid out as that of a publish.
+fn put_delivery(
+    out: &mut Vec<u8>,
+    channel: u16,
+    tag: u64,
+    properties: Properties<'_>,
+    body: &[u8],
+) {
+    put_deliver_method(out, channel, tag);
+    put_content(out, channel, properties, body);
+}
+
+fn put_deliver_method(out: &mut Vec<u8>, channel: u16, tag: u64) {
+    let mut payload = vec![0, 60, 0, 60, 3, b't', b'a', b'g'];
+    payload.extend_from_slice(&tag.to_be_bytes());
+    payload.extend_from_slice(&[1, 0, 1, b'q']); // redelivered, no exchange, a key
+    put_raw(out, METHOD, channel, &payload);
+}
+
+fn put_content(out: &mut Vec<u8>, channel: u16, properties: Properties<'_>, body: &[u8]) {
+    let mut publish = Vec::new();
+    let message = Publish {
+        routing_key: b"q",
+        mandatory: false,
+        properties,
+        body,
+    };
+    put_publish(&mut publish, channel, &message);
+    let method = frame_len(&publish).unwrap().unwrap();
+    out.extend_from_slice(&publish[method..]);
+}
+
+fn put_raw(out: &mut Vec<u8>, kind: u8, channel: u16, payload: &[u8]) {
+    out.push(kind);
+    out.extend_from_slice(&channel.to_be_bytes());
+    out.extend_from_slice(&(payload.len() as u32).to_be_bytes());
+    out.extend_from_slice(payload);
+    out.push(END);
+}
+
+fn take_all(assembler: &mut Assembler, mut bytes: &[u8]) -> Result<Vec<Parsed>, Malformed> {
+    let mut taken = Vec::new();
+    while let Some(len) = frame_len(bytes)? {
+        let (frame, rest) = bytes.split_at_checked(len).ok_or(Malformed)?;
+        taken.push(assembler.take(frame)?);
+        bytes = rest;
+    }
+    Ok(taken)
+}
+
+fn all_incoming(bytes: &[u8]) -> Vec<Incoming> {
+    let taken = take_all(&mut Assembler::default(), bytes).unwrap();
+    taken
+        .into_iter()
+        .filter_map(|taken| taken.incoming)
+        .collect()
+}
+
+/// A head with the given flags and property bytes.
+fn head(flags: u16, properties: &[u8]) -> Head {
+    Head([&flags.to_be_bytes()[..], properties].concat())
+}
+
+fn nested_table(depth: usize) -> Vec<u8> {
+    let mut table: Vec<u8> = Vec::new();
+    for _ in 0..depth {
+        let len = (table.len() as u32).to_be_bytes();
+        table = [&[1, b'k', b'F'], &len[..], &table].concat();
+    }
+    [&(table.len() as u32).to_be_bytes()[..], &table].concat()
+}
+
+proptest! {
+    #[test]
+    fn a_delivery_reads_back(
+        channel: u16,
+        tag: u64,
+        kind in proptest::option::of("\\PC{0,40}"),
+        correlation_id in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..255)),
+        reply_to in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..255)),
+        body in proptest::collection::vec(any::<u8>(), 0..10_000),
+    ) {
+        let headers: Vec<_> = kind
+            .iter()
+            .map(|kind| ("x-error-kind".to_owned(), kind.clone()))
+            .collect();
+        let properties = Properties {
+            content_type: Some(b"text/plain"),
+            headers: &headers,
+            correlation_id: correlation_id.as_deref(),
+            reply_to: reply_to.as_deref(),
+            expiration: Some(b"1000"),
+        };
+        let mut out = Vec::new();
+        put_delivery(&mut out, channel, tag, properties, &body);
+        let mut all = all_incoming(&out);
+        prop_assert_eq!(all.len(), 1);
+        let Some(Incoming::Delivery(delivery)) = all.pop() else {
+            panic!("not a delivery");
+        };
+        let Delivery { channel: c, tag: t, redelivered, message } = delivery;
+        prop_assert_eq!((c, t, redelivered), (channel, tag, true));
+        prop_assert_eq!(&message.body, &body);
+        let read = message.head.properties();
+        prop_assert_eq!(read.correlation_id, correlation_id.as_deref());
+        prop_assert_eq!(read.reply_to, reply_to.as_deref());
+        prop_assert_eq!(read.message_id, None);
+        prop_assert_eq!(read.content_type, Some(&b"text/plain"[..]));
+        prop_assert_eq!(read.expiration, Some(&b"1000"[..]));
+        let expected = kind.as_ref().map(|kind| FieldValue::Text(kind.as_bytes()));
+        prop_assert_eq!(read.headers.get("x-error-kind"), expected);
+        prop_assert_eq!(read.headers.get("other"), None);
+    }
+
+    #[test]
+    fn no_bytes_make_the_assembler_panic(frames: Vec<(u8, u16, Vec<u8>)>, bytes: Vec<u8>) {
+        let mut assembler = Assembler::default();
+        for (kind, channel, payload) in frames {
+            let mut out = Vec::new();
+            put_raw(&mut out, kind % 4, channel % 2, &payload);
+            let _ = assembler.take(&out);
+        }
+        let _ = take_all(&mut assembler, &bytes);
+    }
+
+    #[test]
+    fn no_head_makes_the_reader_panic(bytes: Vec<u8>) {
+        let head = Head(bytes);
+        let _ = head.properties().headers.count();
+    }
+}
+
+#[test]
+fn messages_of_two_channels_may_mingle() {
+    let mut out = Vec::new();
+    put_deliver_method(&mut out, 1, 1);
+    put_deliver_method(&mut out, 2, 2);
+    put_content(&mut out, 2, Properties::default(), b"two");
+    put_content(&mut out, 1, Properties::default(), b"one");
+    let bodies: Vec<_> = all_incoming(&out)
+        .into_iter()
+        .map(|incoming| match incoming {
+            Incoming::Delivery(delivery) => (delivery.channel, delivery.message.body),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(bodies, [(2, b"two".to_vec()), (1, b"one".to_vec())]);
+}
+
+#[test]
+fn a_closed_channel_is_told_to_both_and_takes_its_unfinished_message_along() {
+    let mut out = Vec::new();
+    put_deliver_method(&mut out, 1, 1);
+    put_raw(
+        &mut out,
+        METHOD,
+        1,
+        b"\0\x14\0\x28\x01\x94\x04gone\0\x3c\0\x14",
+    );
+    put_delivery(&mut out, 1, 2, Properties::default(), b"");
+    let taken = take_all(&mut Assembler::default(), &out).unwrap();
+    let close_reason = CloseReason {
+        code: 404,
+        text: "gone".to_owned(),
+    };
+    assert_eq!(
+        taken[1],
+        Parsed {
+            incoming: Some(Incoming::Channel(1, ChannelEvent::Closed(close_reason))),
+            pass_on: true
+        }
+    );
+    assert!(matches!(
+        taken[3].incoming,
+        Some(Incoming::Delivery(Delivery { tag: 2, .. }))
+    ));
+}
+
+#[test]
+fn a_goodbye_is_read_and_nothing_else_is_taken_for_one() {
+    let mut close = Vec::new();
+    put_raw(
+        &mut close,
+        METHOD,
+        0,
+        b"\0\x0a\0\x32\x01\x40\x03bye\0\0\0\0",
+    );
+    let close_reason = CloseReason {
+        code: 320,
+        text: "bye".to_owned(),
+    };
+    assert_eq!(CloseReason::from_frame(&close), Some(close_reason));
+    let mut others = Vec::new();
+    put_raw(&mut others, HEARTBEAT, 0, b"");
+    assert_eq!(CloseReason::from_frame(&others), None);
+    others.clear();
+    put_ack(&mut others, 1, 1);
+    assert_eq!(CloseReason::from_frame(&others), None);
+}
+
+#[test]
+fn what_is_not_of_the_class_basic_is_passed_on() {
+    let mut out = Vec::new();
+    put_raw(&mut out, HEARTBEAT, 0, b"");
+    put_raw(&mut out, METHOD, 0, &[0, 10, 0, 50]);
+    put_ack(&mut out, 1, 1);
+    let taken = take_all(&mut Assembler::default(), &out).unwrap();
+    let passed_on: Vec<_> = taken.iter().map(|taken| taken.pass_on).collect();
+    assert_eq!(passed_on, [true, true, false]);
+}
+
+#[test]
+fn what_the_broker_says_of_blocking_is_ours() {
+    let mut out = Vec::new();
+    put_raw(&mut out, METHOD, 0, b"\0\x0a\0\x3c\x06memory");
+    put_raw(&mut out, METHOD, 0, b"\0\x0a\0\x3d");
+    let parsed = take_all(&mut Assembler::default(), &out).unwrap();
+    assert_eq!(
+        parsed,
+        [
+            Parsed::ours(Incoming::Blocked("memory".to_owned())),
+            Parsed::ours(Incoming::Unblocked)
+        ]
+    );
+}
+
+#[test]
+fn numbers_and_booleans_are_read_as_what_they_are() {
+    let table = [
+        &b"\x01a"[..],
+        b"b\xff",
+        b"\x01b",
+        b"B\xff",
+        b"\x01c",
+        b"s\xff\xfe",
+        b"\x01d",
+        b"i\xff\xff\xff\xff",
+        b"\x01e",
+        b"l\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"\x01f",
+        b"d\x3f\xf8\0\0\0\0\0\0",
+        b"\x01g",
+        b"D\x02\0\0\0\x7d",
+        b"\x01h",
+        b"t\x01",
+    ]
+    .concat();
+    let values: Vec<_> = Table(&table).map(|(_, value)| value).collect();
+    assert_eq!(
+        values,
+        [
+            FieldValue::Integer(-1),
+            FieldValue::Integer(255),
+            FieldValue::Integer(-2),
+            FieldValue::Integer(u32::MAX.into()),
+            FieldValue::Integer(-1),
+            FieldValue::Float(1.5),
+            FieldValue::Float(1.25),
+            FieldValue::Boolean(true),
+        ]
+    );
+}
+
+#[test]
+fn content_without_its_method_or_beyond_its_length_is_malformed() {
+    let mut content = Vec::new();
+    put_content(&mut content, 1, Properties::default(), b"body");
+    assert_eq!(
+        take_all(&mut Assembler::default(), &content),
+        Err(Malformed)
+    );
+    let mut long = Vec::new();
+    put_delivery(&mut long, 1, 1, Properties::default(), b"");
+    put_raw(&mut long, BODY, 1, b"more");
+    assert_eq!(take_all(&mut Assembler::default(), &long), Err(Malformed));
+}
+
+#[test]
+fn another_protocol_is_no_frame() {
+    assert_eq!(frame_len(b"HTTP/1.1 400 Bad Request"), Err(Malformed));
+    assert_eq!(frame_len(b"AMQP\0\0\x09\x01"), Err(Malformed));
+    assert_eq!(frame_len(&[METHOD, 0, 1, 0xff, 0, 0, 0]), Err(Malformed));
+    assert_eq!(frame_len(&[METHOD, 0, 1]), Ok(None));
+    assert_eq!(frame_len(b""), Ok(None));
+}
+
+#[test]
+fn a_table_nested_20000_deep_is_so_many_bytes() {
+    // reply to, behind the headers, must still be found.
+    let properties = [&nested_table(20_000)[..], b"\x08callback"].concat();
+    let head = head(1 << 13 | 1 << 9, &properties);
+    let read = head.properties();
+    assert_eq!(read.reply_to, Some(&b"callback"[..]));
+    assert_eq!(read.headers.get("k"), Some(FieldValue::Other));
+}
+
+#[test]
+fn a_header_is_found_behind_every_other_type() {
+    let mut table = Vec::new();
+    for (kind, len) in [
+        (b'V', 0),
+        (b't', 1),
+        (b'b', 1),
+        (b'B', 1),
+        (b's', 2),
+        (b'u', 2),
+        (b'I', 4),
+        (b'i', 4),
+        (b'f', 4),
+        (b'D', 5),
+        (b'l', 8),
+        (b'L', 8),
+        (b'd', 8),
+        (b'T', 8),
+    ] {
+        table.extend_from_slice(&[1, b'k', kind]);
+        table.extend_from_slice(&vec![0xff; len]);
+    }
+    for kind in [b'S', b'x', b'F', b'A'] {
+        table.extend_from_slice(&[1, b'k', kind, 0, 0, 0, 3, 1, 2, 3]);
+    }
+    table.extend_from_slice(b"\x0cx-error-kindS\0\0\0\x08internal");
+    let properties = [&(table.len() as u32).to_be_bytes()[..], &table].concat();
+    let head = head(1 << 13, &properties);
+    assert_eq!(
+        head.properties().headers.get("x-error-kind"),
+        Some(FieldValue::Text(b"internal"))
+    );
+}

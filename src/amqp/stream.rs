@@ -1,0 +1,232 @@
+//! The socket that amiquip and we share: what amiquip takes for the socket, and our two ends of it.
+//!
+//! - [`Inbox`] is the way in: whoever waits for a message reads the socket.
+//! - [`Outbox`] is the way out: whoever has something to send writes it.
+//! - [`Stream`] is what amiquip takes for the socket: it reads what the inbox leaves to it, and
+//!   writes into the outbox.
+//!
+//! Who owns what: amiquip's I/O thread owns the `Stream` and drops it when it ends, for whatever
+//! reason. That closes the socket and tells everyone ([`Opened::down`]).
+
+use crate::amqp::inbox::{Inbox, Sink};
+use crate::amqp::outbox::Outbox;
+use crate::amqp::sync::Never;
+use crate::amqp::transport::{Down, Transport};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use mio::unix::EventedFd;
+use mio::{Evented, Poll, PollOpt, Ready, Token};
+use std::io::{self, ErrorKind, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a write blocks when the socket is full: as little as the kernel's clock allows, some
+/// milliseconds. The socket is a blocking one, because a leader blocks in its reads.
+const WRITE_TIME: Duration = Duration::from_millis(1);
+
+/// The ends of a connection, for amiquip and for us.
+pub(crate) struct Opened {
+    /// amiquip's end.
+    pub stream: Stream,
+    /// Our ends.
+    pub inbox: Arc<Inbox>,
+    pub outbox: Arc<Outbox>,
+    /// Disconnected when the connection is dead.
+    pub down: Receiver<Never>,
+}
+
+/// Shares a connected socket out. What arrives while nobody reads it goes to `sink`.
+///
+/// # Errors
+///
+/// The operating system refuses an option or another descriptor.
+pub(crate) fn share(transport: Transport, sink: Box<dyn Sink>) -> io::Result<Opened> {
+    let socket = transport.socket();
+    // Nagle's algorithm would hold a small write back until the last one is acknowledged, which
+    // the broker delays: 44 ms a call.
+    socket.set_nodelay(true)?;
+    socket.set_nonblocking(false)?;
+    socket.set_write_timeout(Some(WRITE_TIME))?;
+    let outbox = Arc::new(Outbox::new(transport.clone())?);
+    let inbox = Arc::new(Inbox::new(transport, sink)?);
+    let (alive, down) = bounded(0);
+    let stream = Stream {
+        inbox: Arc::clone(&inbox),
+        outbox: Arc::clone(&outbox),
+        _alive: alive,
+    };
+    Ok(Opened {
+        stream,
+        inbox,
+        outbox,
+        down,
+    })
+}
+
+/// What amiquip takes for the socket.
+pub(crate) struct Stream {
+    inbox: Arc<Inbox>,
+    outbox: Arc<Outbox>,
+    _alive: Sender<Never>,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.outbox.abort();
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.outbox.resume();
+        match self.inbox.read_feed(out) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.inbox.follow();
+                self.inbox.read_feed(out)
+            }
+            done => done,
+        }
+    }
+}
+
+impl Write for Stream {
+    /// Accepts everything: what does not fit the socket now follows when it does. amiquip itself
+    /// only writes methods, a few dozen bytes each.
+    fn write(&mut self, frames: &[u8]) -> io::Result<usize> {
+        match self.outbox.send_anyway(frames) {
+            Ok(()) => Ok(frames.len()),
+            Err(Down) => Err(ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Evented for Stream {
+    fn register(
+        &self,
+        poll: &Poll,
+        token: Token,
+        interest: Ready,
+        opts: PollOpt,
+    ) -> io::Result<()> {
+        self.inbox.register(poll, token, interest, opts)?;
+        // When the socket has room again for what stalled, amiquip's thread is told to read, and
+        // `read` writes the rest.
+        EventedFd(&self.outbox.watch()).register(poll, token, Ready::readable(), opts)
+    }
+
+    fn reregister(
+        &self,
+        poll: &Poll,
+        token: Token,
+        interest: Ready,
+        opts: PollOpt,
+    ) -> io::Result<()> {
+        self.inbox.reregister(poll, token, interest, opts)
+    }
+
+    fn deregister(&self, poll: &Poll) -> io::Result<()> {
+        EventedFd(&self.outbox.watch()).deregister(poll)?;
+        self.inbox.deregister(poll)
+    }
+}
+
+impl amiquip::IoStream for Stream {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::amqp::inbox::Discard;
+    use crate::amqp::outbox::NotSent;
+    use mio::{Events, Token};
+    use std::net::{TcpListener, TcpStream};
+    use std::thread;
+    use std::time::Instant;
+
+    /// Our end of a connection, and the far end as a plain socket.
+    fn pair() -> (Opened, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let sink = Box::new(Discard);
+        (share(Transport::Plain(Arc::new(near)), sink).unwrap(), far)
+    }
+
+    #[test]
+    fn what_a_full_socket_holds_back_follows_in_order_when_the_far_end_reads() {
+        let (opened, mut far) = pair();
+        let Opened {
+            stream,
+            outbox,
+            down,
+            ..
+        } = opened;
+        // The I/O thread's part: poll, and read when told to.
+        let poll = Poll::new().unwrap();
+        poll.register(&stream, Token(9), Ready::readable(), PollOpt::edge())
+            .unwrap();
+        let io = thread::spawn(move || {
+            let mut stream = stream;
+            let mut events = Events::with_capacity(8);
+            loop {
+                poll.poll(&mut events, Some(Duration::from_secs(20)))
+                    .unwrap();
+                match stream.read(&mut [0; 16]) {
+                    Ok(0) => return,
+                    Ok(_) => panic!("the far end sends nothing"),
+                    Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+                }
+            }
+        });
+        let mut sent = 0_u32;
+        while outbox
+            .try_send(|out| out.extend((sent..sent + 1000).flat_map(u32::to_be_bytes)))
+            .is_ok()
+        {
+            sent += 1000;
+        }
+        assert_eq!(
+            outbox.try_send(|_| panic!("not called when full")),
+            Err(NotSent::Full)
+        );
+        let soon = Some(Instant::now() + Duration::from_millis(20));
+        assert_eq!(
+            outbox.send(soon, |_| panic!("not called when full")),
+            Err(NotSent::Full)
+        );
+
+        let waiting = thread::spawn({
+            let outbox = Arc::clone(&outbox);
+            move || outbox.send(None, |out| out.extend(sent.to_be_bytes()))
+        });
+        for expected in 0..=sent {
+            let mut number = [0; 4];
+            far.read_exact(&mut number).unwrap();
+            assert_eq!(u32::from_be_bytes(number), expected);
+        }
+        assert_eq!(waiting.join().unwrap(), Ok(()));
+        drop(far);
+        io.join().unwrap();
+        assert!(down.recv().is_err());
+    }
+
+    #[test]
+    fn a_watchdog_ends_the_connection_and_wakes_who_waits_for_room() {
+        let (opened, _far) = pair();
+        let outbox = Arc::clone(&opened.outbox);
+        while outbox.try_send(|out| out.extend([0; 4096])).is_ok() {}
+        let _watchdog = outbox.abort_after(Duration::from_millis(50));
+        assert_eq!(outbox.send(None, |_| {}), Err(NotSent::Down));
+        assert_eq!(outbox.try_send(|_| {}), Err(NotSent::Down));
+    }
+
+    #[test]
+    fn a_dropped_watchdog_does_nothing() {
+        let (opened, _far) = pair();
+        drop(opened.outbox.abort_after(Duration::from_millis(20)));
+        thread::sleep(Duration::from_millis(60));
+        assert_eq!(opened.outbox.try_send(|out| out.push(0)), Ok(()));
+    }
+}

@@ -1,0 +1,466 @@
+//! The calls that are not answered yet, as all threads of a client share them: registered, sent,
+//! sent again, answered, given up.
+
+use crate::amqp::inbox::Sink;
+use crate::amqp::incoming::{Delivery, Incoming, Message};
+use crate::amqp::queue::QueueStatus;
+use crate::amqp::sync::lock;
+use crate::amqp::time::after;
+use crate::client::correlation::{CorrelationId, CorrelationIds};
+use crate::client::link::{Link, OutgoingRequest};
+use crate::client::options::{Options, Retry};
+use crate::error::{Error, WaitingFor};
+use crate::message::Reply;
+use crossbeam_channel::Sender;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// How long after a reconnect a missing queue is waited for: a server that lost the same broker
+/// is back after at most one of its own waits between attempts, and some time to connect.
+const RETURN_GRACE: Duration = Duration::from_secs(10);
+
+/// How long before its deadline a call asks after its queue, to say what it was waiting for: this,
+/// or a fifth of the call's whole time if that is less.
+pub(crate) const DIAGNOSIS_TIME: Duration = Duration::from_millis(200);
+
+pub(crate) type Outcome = Result<Reply, Error>;
+pub(crate) type Settled = (CorrelationId, Outcome);
+
+/// What a waiting caller is told by other threads.
+pub(crate) enum Event {
+    /// One of its calls has ended.
+    Settled(CorrelationId, Outcome),
+    /// There is a link to listen on.
+    LinkUp,
+}
+
+/// A call that is not answered yet, as every thread must know it.
+pub(crate) struct Pending {
+    pub request: Arc<OutgoingRequest>,
+    pub deadline: Instant,
+    /// The generation of the link that it was last sent on; 0 if it is to be sent yet.
+    pub sent_on: u64,
+    /// Whether the broker returned it because there is no such queue.
+    pub returned: bool,
+    pub resend: Resend,
+    /// The way to its caller.
+    pub events: Sender<Event>,
+}
+
+/// When a request is to be sent again.
+pub(crate) enum Resend {
+    Never,
+    /// On the next link.
+    WhenLost,
+    /// On the next link, and at that time; it will have been unanswered for so long then.
+    At(Instant, Duration),
+}
+
+impl Resend {
+    pub fn new(retry: Retry, submitted: Instant) -> Resend {
+        match retry {
+            Retry::Never => Resend::Never,
+            Retry::LostConnection => Resend::WhenLost,
+            Retry::Unanswered(time) => Resend::At(after(submitted, time), time),
+        }
+    }
+
+    fn time(&self) -> Option<Instant> {
+        match self {
+            Resend::Never | Resend::WhenLost => None,
+            Resend::At(at, _) => Some(*at),
+        }
+    }
+}
+
+impl Pending {
+    /// When the connection manager has to send it, if it knows of a time; now, if it is unsent.
+    fn due(&self, now: Instant) -> Option<Instant> {
+        match self.sent_on {
+            0 => Some(now),
+            _ => self.resend.time(),
+        }
+    }
+}
+
+/// A request that the connection manager is to send.
+pub(crate) struct Unsent {
+    pub request: Arc<OutgoingRequest>,
+    pub deadline: Instant,
+    /// Whether it was sent before.
+    pub again: bool,
+}
+
+/// What callers and connection manager share.
+pub(crate) struct Shared {
+    pub options: Options,
+    state: Mutex<State>,
+    pub ids: CorrelationIds,
+    /// Tells the connection manager to look at the state.
+    wake: Sender<()>,
+    pub stats: Stats,
+}
+
+#[derive(Default)]
+pub(crate) struct Stats {
+    pub connections: AtomicU64,
+    pub republished: AtomicU64,
+    pub dropped_replies: AtomicU64,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    /// The live link, if there is one.
+    pub link: Option<Arc<Link>>,
+    /// The generation of the latest link.
+    pub generation: u64,
+    /// The latest generation known to be broken.
+    pub broken: u64,
+    /// The broker's reason, while it blocks publishers: nothing is published meanwhile.
+    pub blocked: Option<String>,
+    pub pending: HashMap<CorrelationId, Pending>,
+    /// When the connection manager looks next for what is to be sent; `None` if nothing is.
+    pub next_look: Option<Instant>,
+    /// Why the latest attempt to connect failed, until one succeeds.
+    pub last_error: Option<String>,
+    /// The queues that callers want to know about, and what was last found out, and when.
+    pub asked_after: HashSet<Arc<str>>,
+    pub queues: HashMap<Arc<str>, (Instant, Option<QueueStatus>)>,
+    pub closing: bool,
+}
+
+impl Shared {
+    pub fn new(options: Options, wake: Sender<()>) -> Shared {
+        Shared {
+            options,
+            state: Mutex::default(),
+            ids: CorrelationIds::new(),
+            wake,
+            stats: Stats::default(),
+        }
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Has the connection manager look at the state.
+    pub fn wake_manager(&self) {
+        // Full means that it is on its way already.
+        let _ = self.wake.try_send(());
+    }
+
+    /// Registers a call and sends its request, or leaves that to the connection manager. To
+    /// `collect`, it is appended to what is sent next; then the link is returned.
+    pub fn begin(
+        &self,
+        id: CorrelationId,
+        mut pending: Pending,
+        collect: bool,
+    ) -> Option<Arc<Link>> {
+        let mut state = self.lock();
+        if state.closing {
+            drop(state);
+            let _ = pending.events.send(Event::Settled(id, Err(Error::Closed)));
+            return None;
+        }
+        // What a broker that blocks is sent now, it would read and execute when nobody waits for
+        // it any more. The connection manager sends it when the broker reads again.
+        let held_back = state.blocked.is_some();
+        let link = state.link.clone().filter(|_| !held_back);
+        let generation = link.as_ref().map_or(0, |link| link.generation);
+        // Before it is sent, so that its reply finds it, and a new link does not send it again.
+        pending.sent_on = generation;
+        let (request, deadline) = (Arc::clone(&pending.request), pending.deadline);
+        let look = pending.resend.time().is_some_and(|at| state.look_at(at));
+        state.pending.insert(id, pending);
+        drop(state);
+        let sent = link.as_ref().is_some_and(|link| {
+            let encode = |out: &mut Vec<u8>| link.encode(id, &request, deadline, out);
+            match collect {
+                true => link.outbox.try_append(encode).is_ok(),
+                false => link.outbox.try_send(encode).is_ok(),
+            }
+        });
+        if !sent {
+            self.is_unsent(id, generation);
+        }
+        if look || !(sent || held_back) {
+            self.wake_manager();
+        }
+        link.filter(|_| sent && collect)
+    }
+
+    /// Leaves a request that could not be sent on that link to the connection manager.
+    pub fn is_unsent(&self, id: CorrelationId, generation: u64) {
+        if let Some(pending) = self.lock().pending.get_mut(&id)
+            && pending.sent_on == generation
+        {
+            pending.sent_on = 0;
+        }
+    }
+
+    /// Forgets calls that nobody waits for any more.
+    pub fn forget<'i>(&self, ids: impl Iterator<Item = &'i CorrelationId>) {
+        let mut state = self.lock();
+        for id in ids {
+            state.pending.remove(id);
+        }
+    }
+
+    /// Deals with what has come in on a link. If it ends a call, its caller is told, or, if that
+    /// call `is_mine`, it is returned.
+    pub fn accept(
+        &self,
+        link: &Link,
+        incoming: Incoming,
+        is_mine: impl Fn(CorrelationId) -> bool,
+    ) -> Option<Settled> {
+        match incoming {
+            Incoming::Delivery(Delivery { message, .. }) => self.accept_reply(message, is_mine),
+            Incoming::Returned(message) => self.accept_return(link, &message, is_mine),
+            Incoming::Channel(..) | Incoming::Blocked(_) | Incoming::Unblocked => {
+                // A connection manager that has moved on to another link does not need to know.
+                let _ = link.events.send(incoming);
+                None
+            }
+        }
+    }
+
+    fn accept_reply(
+        &self,
+        reply: Message,
+        is_mine: impl Fn(CorrelationId) -> bool,
+    ) -> Option<Settled> {
+        let properties = reply.head.properties();
+        let id = properties.correlation_id.and_then(CorrelationId::parse);
+        let pending = id.and_then(|id| self.lock().pending.remove(&id));
+        let (Some(id), Some(pending)) = (id, pending) else {
+            // A second answer to a request that was executed twice, or one too late.
+            self.stats.dropped_replies.fetch_add(1, Ordering::Relaxed);
+            log::debug!("dropped a reply that no call waits for");
+            return None;
+        };
+        let outcome = Reply::read(&properties, reply.body).map_err(Error::Remote);
+        hand_over(id, outcome, &pending, is_mine)
+    }
+
+    /// Deals with a request that the broker returned because there is no such queue.
+    fn accept_return(
+        &self,
+        link: &Link,
+        returned: &Message,
+        is_mine: impl Fn(CorrelationId) -> bool,
+    ) -> Option<Settled> {
+        let id = CorrelationId::parse(returned.head.properties().correlation_id?)?;
+        let mut state = self.lock();
+        let just_reconnected = link.generation > 1 && link.since.elapsed() < RETURN_GRACE;
+        if self.options.wait_for_server || just_reconnected {
+            let pending = state.pending.get_mut(&id)?;
+            (pending.sent_on, pending.returned) = (0, true);
+            drop(state);
+            self.wake_manager();
+            return None;
+        }
+        let pending = state.pending.remove(&id)?;
+        drop(state);
+        let queue = pending.request.queue.to_string();
+        hand_over(id, Err(Error::NoServer { queue }), &pending, is_mine)
+    }
+
+    pub fn report_broken(&self, generation: u64) {
+        let mut state = self.lock();
+        state.broken = state.broken.max(generation);
+        // Newcomers must not pick up what is known to be broken.
+        if state
+            .link
+            .as_ref()
+            .is_some_and(|link| link.generation == generation)
+        {
+            state.link = None;
+            state.blocked = None;
+        }
+        drop(state);
+        self.wake_manager();
+    }
+
+    /// Has the connection manager find out about queues.
+    pub fn ask_after<'q>(&self, queues: impl Iterator<Item = &'q Arc<str>>) {
+        self.lock().asked_after.extend(queues.cloned());
+        self.wake_manager();
+    }
+
+    /// Forgets a call whose deadline has passed, and says what it was waiting for.
+    pub fn time_out(&self, id: CorrelationId, queue: &Arc<str>, after: Duration) -> Error {
+        let mut state = self.lock();
+        let pending = state.pending.remove(&id);
+        let waiting_for = match (&state.blocked, &state.link, &pending) {
+            (Some(reason), ..) => WaitingFor::BlockedBroker {
+                reason: reason.clone(),
+            },
+            (None, None, _) => WaitingFor::Connection {
+                endpoint: self.options.endpoints.to_string(),
+                last_error: state.last_error.clone(),
+            },
+            (None, Some(_), Some(pending)) if pending.returned => WaitingFor::Queue {
+                queue: queue.to_string(),
+            },
+            (None, Some(_), Some(pending)) if pending.sent_on == 0 => WaitingFor::Room,
+            (None, Some(_), _) => match state.queues.get(queue) {
+                Some((at, None)) if is_fresh(*at) => WaitingFor::Queue {
+                    queue: queue.to_string(),
+                },
+                found => WaitingFor::Answer {
+                    queue: queue.to_string(),
+                    status: found
+                        .filter(|(at, _)| is_fresh(*at))
+                        .and_then(|&(_, status)| status),
+                },
+            },
+        };
+        Error::Timeout { after, waiting_for }
+    }
+
+    /// Ends every call, and the connection manager.
+    pub fn close(&self) {
+        self.lock().closing = true;
+        self.fail_pending(|_| Some(Error::Closed));
+        self.wake_manager();
+    }
+
+    /// Ends the pending calls for which `error` has one.
+    pub fn fail_pending(&self, error: impl Fn(&Pending) -> Option<Error>) {
+        self.lock().pending.retain(|&id, pending| {
+            let Some(error) = error(pending) else {
+                return true;
+            };
+            let _ = pending.events.send(Event::Settled(id, Err(error)));
+            false
+        });
+    }
+}
+
+impl State {
+    /// Whether the connection manager has to be told that it is needed at this time, because it
+    /// would come later.
+    fn look_at(&mut self, at: Instant) -> bool {
+        let earlier = self.next_look.is_none_or(|planned| at < planned);
+        if earlier {
+            self.next_look = Some(at);
+        }
+        earlier
+    }
+
+    /// Plans the next look for what is to be sent, at `soonest` or later; says when it is.
+    pub fn plan_look(&mut self, soonest: Instant) -> Option<Instant> {
+        self.next_look = match self.blocked {
+            Some(_) => None,
+            None => self
+                .pending
+                .values()
+                .filter_map(|pending| pending.due(soonest))
+                .min()
+                .map(|at| at.max(soonest)),
+        };
+        self.next_look
+    }
+
+    /// Marks what is overdue as unsent; says how many those are.
+    pub fn give_up_overdue(&mut self, generation: u64) -> u64 {
+        let (mut overdue, now) = (0, Instant::now());
+        for pending in self.pending.values_mut() {
+            if let Resend::At(at, after) = &mut pending.resend
+                && pending.sent_on == generation
+                && now >= *at
+            {
+                *after = after.saturating_mul(2);
+                pending.sent_on = 0;
+                overdue += 1;
+            }
+        }
+        overdue
+    }
+
+    /// What is pending and was not sent on this link, in the order in which it was submitted.
+    pub fn unsent(&self, generation: u64) -> Vec<CorrelationId> {
+        let unsent = |(&id, pending): (_, &Pending)| (pending.sent_on < generation).then_some(id);
+        let mut unsent: Vec<_> = self.pending.iter().filter_map(unsent).collect();
+        unsent.sort_unstable();
+        unsent
+    }
+
+    /// Marks a request as sent on a link, before it is, so that its reply finds it; `None` if it is
+    /// not to be sent any more.
+    pub fn begin_sending(&mut self, id: CorrelationId, generation: u64) -> Option<Unsent> {
+        let pending = self.pending.get_mut(&id)?;
+        let again = pending.sent_on > 0;
+        (pending.sent_on, pending.returned) = (generation, false);
+        if let Resend::At(at, time) = &mut pending.resend {
+            *at = after(Instant::now(), *time);
+        }
+        Some(Unsent {
+            request: Arc::clone(&pending.request),
+            deadline: pending.deadline,
+            again,
+        })
+    }
+
+    /// Keeps what was found out about a queue, and forgets what is old.
+    pub fn keep_status(&mut self, queue: Arc<str>, status: Option<QueueStatus>) {
+        self.queues.retain(|_, (at, _)| is_fresh(*at));
+        self.queues.insert(queue, (Instant::now(), status));
+    }
+}
+
+/// Whether what was found out about a queue still tells why a call was not answered.
+fn is_fresh(at: Instant) -> bool {
+    at.elapsed() <= 2 * DIAGNOSIS_TIME
+}
+
+/// Ends a call: returns its outcome if it `is_mine`, and otherwise sends it to its owner. One that
+/// is gone needs none.
+fn hand_over(
+    id: CorrelationId,
+    outcome: Outcome,
+    pending: &Pending,
+    is_mine: impl Fn(CorrelationId) -> bool,
+) -> Option<Settled> {
+    if is_mine(id) {
+        return Some((id, outcome));
+    }
+    let _ = pending.events.send(Event::Settled(id, outcome));
+    None
+}
+
+/// Takes what comes in while no caller reads.
+pub(crate) struct ReplySink {
+    pub shared: Arc<Shared>,
+    pub events: Sender<Incoming>,
+}
+
+impl Sink for ReplySink {
+    fn accept(&self, incoming: Incoming) {
+        let link = self.shared.lock().link.clone();
+        match (link, incoming) {
+            // Of this connection, whatever the link is by now.
+            (
+                _,
+                incoming @ (Incoming::Channel(..) | Incoming::Blocked(_) | Incoming::Unblocked),
+            ) => {
+                let _ = self.events.send(incoming);
+            }
+            (Some(link), incoming) => {
+                let _ = self.shared.accept(&link, incoming, |_| false);
+            }
+            // The link is known to be broken, but an answer is an answer.
+            (None, Incoming::Delivery(Delivery { message, .. })) => {
+                let _ = self.shared.accept_reply(message, |_| false);
+            }
+            (None, Incoming::Returned(_)) => {}
+        }
+    }
+
+    fn done(&self) {}
+}

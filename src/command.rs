@@ -1,0 +1,14 @@
+//! The command line: what may be typed, and a file for each subcommand with much to say. It uses the
+//! library as any other program would, by its public API alone.
+
+pub mod cli; // what may be typed
+
+pub mod bench;
+pub mod call;
+pub mod server;
+pub mod status;
+
+pub mod exit; // exit codes, and how a failure is told
+mod lines; // lines on stdout
+mod numbers; // numbers from the arguments or stdin
+mod signals;

@@ -1,0 +1,66 @@
+//! How a failure is told: its kind, its exit code, a hint.
+
+use fibrpc::Error;
+use std::io::{self, ErrorKind};
+use std::process::ExitCode;
+
+/// The exit code for arguments and input that cannot be used; clap's, too.
+pub const USAGE: u8 = 2;
+
+/// The exit code when nobody serves the request queue.
+pub const NO_SERVER: u8 = 5;
+
+/// The exit code after an interrupt, as shells report it: 128 + SIGINT.
+pub const INTERRUPTED: u8 = 130;
+
+/// Prints why the command failed, and says with what code.
+pub fn fail(error: &anyhow::Error) -> ExitCode {
+    if let Some(usage) = error.downcast_ref::<clap::Error>() {
+        usage.exit();
+    }
+    if let Some(error) = error.downcast_ref::<io::Error>()
+        && error.kind() == ErrorKind::BrokenPipe
+    {
+        // Whoever read our output has enough.
+        return ExitCode::SUCCESS;
+    }
+    match error.downcast_ref::<Error>() {
+        Some(error) => {
+            // It tells of its source itself.
+            eprintln!("error: {error}");
+            print_hint(error);
+            ExitCode::from(class(error).1)
+        }
+        None => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error's kind, for programs that read our JSON, and the exit code for it.
+pub fn class(error: &Error) -> (&'static str, u8) {
+    match error {
+        Error::InvalidUrl(_) | Error::InvalidArgument(_) => ("usage", USAGE),
+        Error::Remote(_) | Error::UnreadableReply { .. } => ("remote", 3),
+        Error::Timeout { .. } | Error::DrainTimeout { .. } => ("timeout", 4),
+        Error::NoServer { .. } => ("no-server", NO_SERVER),
+        Error::Unreachable { .. } | Error::QueueRefused { .. } => ("unreachable", 6),
+        Error::ConnectionLost { .. } => ("connection-lost", 7),
+        Error::Closed | Error::Stopped => ("interrupted", INTERRUPTED),
+        _ => ("internal", 1),
+    }
+}
+
+/// Says what to do about it, if there is something.
+pub fn print_hint(error: &Error) {
+    let hint = match error {
+        // Otherwise the broker was reached, and refused us.
+        Error::Unreachable {
+            source: Some(_), ..
+        } => "is RabbitMQ running there? `make broker` starts one; --url or AMQP_URL names another",
+        Error::NoServer { .. } => "start one with `fibrpc server`, or wait with --wait-for-server",
+        _ => return,
+    };
+    eprintln!("  hint: {hint}");
+}

@@ -1,0 +1,175 @@
+//! A request, as a handler sees it.
+
+use crate::amqp::incoming::Received;
+use crate::message::headers::Headers;
+use crate::message::return_address;
+use std::time::{Duration, Instant};
+
+/// A request, as a handler sees it.
+///
+/// It can be made without a broker, to test a handler:
+///
+/// ```
+/// use fibrpc::{HandlerError, Request};
+/// use std::time::Duration;
+///
+/// fn shout(request: &Request) -> Result<Vec<u8>, HandlerError> {
+///     Ok(request.body().to_ascii_uppercase())
+/// }
+///
+/// let request = Request::new("hello")
+///     .with_header("traceparent", "00-1-2-01")
+///     .with_time_left(Duration::from_secs(2));
+/// assert_eq!(shout(&request).unwrap(), b"HELLO");
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Request {
+    body: Vec<u8>,
+    content_type: Option<String>,
+    headers: Headers,
+    correlation_id: Option<Vec<u8>>,
+    redelivered: bool,
+    deadline: Option<Instant>,
+}
+
+impl Request {
+    /// A request that has this body and says nothing else.
+    pub fn new(body: impl Into<Vec<u8>>) -> Request {
+        Request {
+            body: body.into(),
+            ..Request::default()
+        }
+    }
+
+    /// Says what the body is. Default: nothing.
+    pub fn with_content_type(mut self, content_type: impl Into<String>) -> Request {
+        self.content_type = Some(content_type.into());
+        self
+    }
+
+    /// Adds a header. Default: none.
+    pub fn with_header(mut self, name: impl Into<String>, value: impl Into<String>) -> Request {
+        self.headers.insert(name, value);
+        self
+    }
+
+    /// Gives it a correlation id. Default: none.
+    pub fn with_correlation_id(mut self, id: impl Into<Vec<u8>>) -> Request {
+        self.correlation_id = Some(id.into());
+        self
+    }
+
+    /// Says whether the broker has delivered it before. Default: `false`.
+    pub fn with_redelivered(mut self, redelivered: bool) -> Request {
+        self.redelivered = redelivered;
+        self
+    }
+
+    /// Says how much longer its caller waits, from now. Default: nobody knows.
+    pub fn with_time_left(mut self, time: Duration) -> Request {
+        self.deadline = Some(crate::amqp::time::after(Instant::now(), time));
+        self
+    }
+
+    /// Reads a request that has arrived at a certain time.
+    pub(crate) fn read(
+        properties: &Received<'_>,
+        body: Vec<u8>,
+        redelivered: bool,
+        arrived: Instant,
+    ) -> Request {
+        let milliseconds = properties
+            .expiration
+            .and_then(|text| str::from_utf8(text).ok()?.parse().ok());
+        Request {
+            body,
+            content_type: properties
+                .content_type
+                .map(|text| String::from_utf8_lossy(text).into_owned()),
+            headers: Headers::read(properties.headers),
+            correlation_id: return_address(properties)
+                .and_then(|(_, id)| id)
+                .map(<[u8]>::to_vec),
+            redelivered,
+            deadline: milliseconds
+                .map(|time| crate::amqp::time::after(arrived, Duration::from_millis(time))),
+        }
+    }
+
+    /// The body: whatever the caller sent.
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// What the body is, if the caller has said so.
+    pub fn content_type(&self) -> Option<&str> {
+        self.content_type.as_deref()
+    }
+
+    /// What else the caller has said.
+    pub fn headers(&self) -> &Headers {
+        &self.headers
+    }
+
+    /// The value of a header.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)
+    }
+
+    /// What tells the reply from others at the caller: any bytes that it chose. The same for every
+    /// delivery of the same request, so a handler can know what it has done already.
+    pub fn correlation_id(&self) -> Option<&[u8]> {
+        self.correlation_id.as_deref()
+    }
+
+    /// Whether the broker has delivered it before: somebody may have executed it already.
+    pub fn redelivered(&self) -> bool {
+        self.redelivered
+    }
+
+    /// How much longer the caller waits; `None` if it has not said. Counted from when the request
+    /// arrived here, from the message's `expiration`: since the broker does not say how long the
+    /// request was in the queue, it is an upper bound. Zero once the time is up.
+    pub fn time_left(&self) -> Option<Duration> {
+        let deadline = self.deadline?;
+        Some(deadline.saturating_duration_since(Instant::now()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_left_counts_from_the_arrival() {
+        let properties = Received {
+            expiration: Some(b"60000"),
+            ..Received::default()
+        };
+        let now = Instant::now();
+        let Some(long_ago) = now.checked_sub(Duration::from_secs(50)) else {
+            return; // a machine that has just booted
+        };
+        let left = |arrived| Request::read(&properties, Vec::new(), false, arrived).time_left();
+        assert!(left(now).unwrap() > Duration::from_secs(10));
+        assert!(left(long_ago).unwrap() <= Duration::from_secs(10));
+    }
+
+    #[test]
+    fn an_expiration_that_is_no_number_is_none() {
+        for expiration in [
+            &b""[..],
+            b"soon",
+            b"-1",
+            b"\xff",
+            b"99999999999999999999999",
+        ] {
+            let properties = Received {
+                expiration: Some(expiration),
+                ..Received::default()
+            };
+            let request = Request::read(&properties, Vec::new(), false, Instant::now());
+            assert_eq!(request.time_left(), None);
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! The supervisor: the thread of a server that connects, opens a channel for each worker, and when
+//! anything ends one of them, closes the connection and connects again.
+//!
+//! A worker that is still busy with a request of the old connection is not disturbed; there are
+//! never more handlers running than workers.
+
+use crate::amqp::channel::Channel;
+use crate::amqp::connection::Connection;
+use crate::amqp::error::GONE;
+use crate::amqp::frame::{put_cancel, put_consume, put_qos, put_requeue};
+use crate::amqp::inbox::Sink;
+use crate::amqp::incoming::{ChannelEvent, Incoming};
+use crate::amqp::queue;
+use crate::amqp::sync::Never;
+use crate::amqp::time::{Backoff, after};
+use crate::error::Error;
+use crate::server::options::Options;
+use crate::server::work_queue::{Event, RequestSink, Session, Task, WorkQueue};
+use crate::server::worker::Stats;
+use crossbeam_channel::{Receiver, RecvError, Sender, bounded, select};
+use log::Level;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long one attempt to reconnect may take, for all brokers in the list together.
+const RECONNECT_TIME: Duration = Duration::from_secs(10);
+
+/// How long a server that has nothing left to do waits for the broker to confirm that it consumes
+/// no more.
+const CANCEL_TIME: Duration = Duration::from_secs(1);
+
+/// The thread that keeps a server connected.
+pub(crate) struct Supervisor {
+    pub options: Options,
+    pub queue: Arc<WorkQueue>,
+    pub stats: Arc<Stats>,
+    pub told: Receiver<Event>,
+    /// Disconnected when the server is to stop.
+    pub stop: Receiver<Never>,
+    /// Disconnected when every worker consumes for the first time.
+    pub starting: Option<Sender<Never>>,
+    /// Counts connections, from 1. What came in on an earlier one is of no interest any more.
+    pub number: u64,
+}
+
+/// How a session ended.
+enum End {
+    /// The server is to stop.
+    Stopping,
+    /// Something ended the connection or one of its channels.
+    Lost(String),
+}
+
+impl Supervisor {
+    /// Serves until the server is told to stop, and all requests being executed are answered.
+    ///
+    /// # Errors
+    ///
+    /// As [`Server::start`](crate::Server::start) and [`Serving::stop`](crate::Serving::stop) have
+    /// them.
+    pub fn run(mut self) -> Result<(), Error> {
+        let served = self.serve_connections();
+        self.queue.close();
+        served
+    }
+
+    fn serve_connections(&mut self) -> Result<(), Error> {
+        let mut give_up_at = Some(after(Instant::now(), self.options.connect_timeout));
+        let mut backoff = Backoff::default();
+        while let Some(mut connection) = self.connect(&mut backoff, give_up_at)? {
+            give_up_at = None;
+            let began = Instant::now();
+            let mut channels = Vec::new();
+            let end = self.serve(&mut connection, &mut channels);
+            let reason = match end {
+                End::Stopping => return self.drain(&mut connection, channels),
+                End::Lost(reason) => reason,
+            };
+            self.queue.end_session(self.number);
+            // Closing tells the true cause, if it was the connection.
+            let reason = connection.close().map_or_else(|cause| cause, |()| reason);
+            log::warn!("lost the connection {}: {reason}", connection.name);
+            backoff.held_for(began.elapsed());
+            if self.stopped_within(backoff.next()) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Connects and makes sure of the queue: tries until `give_up_at`, or else for ever. `None`
+    /// if the server is to stop.
+    fn connect(
+        &mut self,
+        backoff: &mut Backoff,
+        give_up_at: Option<Instant>,
+    ) -> Result<Option<Connection>, Error> {
+        loop {
+            let deadline = give_up_at.unwrap_or_else(|| Instant::now() + RECONNECT_TIME);
+            let Some(attempt) = self.attempt(deadline)? else {
+                return Ok(None);
+            };
+            let error = match attempt {
+                Ok(connection) => return Ok(Some(connection)),
+                Err(error) => error,
+            };
+            let wait = backoff.next();
+            if let Some(at) = give_up_at {
+                let hopeless = matches!(error, Error::QueueRefused { .. });
+                if hopeless || Instant::now() + wait >= at {
+                    return Err(error);
+                }
+            }
+            log::warn!("{error}; trying again in {wait:.1?}");
+            if self.stopped_within(wait) {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// One attempt, in a thread of its own, since it cannot be interrupted: `None`, and the
+    /// thread left behind, if the server is to stop meanwhile.
+    fn attempt(&mut self, deadline: Instant) -> Result<Option<Result<Connection, Error>>, Error> {
+        let (done, outcome) = bounded(1);
+        let options = self.options.clone();
+        self.number += 1;
+        self.queue.begin_session(self.number);
+        let (queue, number) = (Arc::clone(&self.queue), self.number);
+        let attempt = move || {
+            let sink = || -> Box<dyn Sink> {
+                let queue = Arc::clone(&queue);
+                Box::new(RequestSink { queue, number })
+            };
+            let connection = Connection::open(&options.endpoints, "server", deadline, &sink);
+            let declared = connection.and_then(|mut connection| {
+                queue::ensure(&mut connection, &options.queue, options.queue_type)?;
+                Ok(connection)
+            });
+            // If nobody waits any more, the connection is dropped here, which closes it.
+            let _ = done.send(declared.map_err(Error::from));
+        };
+        thread::Builder::new()
+            .name("fibrpc-connect".to_owned())
+            .spawn(attempt)
+            .map_err(|error| Error::InvalidArgument(format!("cannot start a thread: {error}")))?;
+        select! {
+            recv(outcome) -> outcome => Ok(Some(outcome.unwrap_or_else(|RecvError| {
+                Err(Error::ConnectionLost { reason: "the attempt to connect panicked".to_owned() })
+            }))),
+            recv(self.stop) -> _ => Ok(None),
+        }
+    }
+
+    /// Waits; whether the server is to stop meanwhile.
+    fn stopped_within(&mut self, time: Duration) -> bool {
+        select! {
+            recv(self.stop) -> _ => true,
+            default(time) => false,
+        }
+    }
+
+    /// Has the workers serve a new connection, until it is lost or the server is to stop.
+    fn serve(&mut self, connection: &mut Connection, channels: &mut Vec<Channel>) -> End {
+        // The channel on which we have asked after the queue may have been closed, and a new one gets
+        // its number.
+        while self.told.try_recv().is_ok() {}
+        for _ in 0..self.options.workers {
+            match connection.open_channel() {
+                Ok(channel) => channels.push(channel),
+                Err(error) => return End::Lost(error.reason().to_owned()),
+            }
+        }
+        for channel in &*channels {
+            self.consume(connection, channel);
+        }
+        let mut consuming = HashSet::new();
+        loop {
+            let event = select! {
+                recv(self.told) -> event => event,
+                recv(connection.down) -> _ => return End::Lost(GONE.to_owned()),
+                recv(self.stop) -> _ => return End::Stopping,
+            };
+            match event {
+                Ok(Event::Incoming(number, incoming)) if number == self.number => match incoming {
+                    Incoming::Channel(channel, ChannelEvent::Consuming) => {
+                        let first = consuming.insert(channel);
+                        if first && consuming.len() == channels.len() {
+                            self.announce(connection);
+                        }
+                    }
+                    Incoming::Channel(channel, ChannelEvent::QueueGone) => {
+                        if let Err(reason) = self.consume_again(connection, channels, channel) {
+                            return End::Lost(reason);
+                        }
+                    }
+                    Incoming::Channel(_, ChannelEvent::Closed(reason)) => {
+                        return End::Lost(reason.to_string());
+                    }
+                    Incoming::Blocked(reason) => {
+                        log::warn!("the broker has blocked publishers ({reason}); replies wait");
+                    }
+                    Incoming::Unblocked => log::warn!("the broker accepts publishers again"),
+                    // Not asked for yet; not sent here.
+                    Incoming::Channel(_, ChannelEvent::Cancelled)
+                    | Incoming::Delivery(_)
+                    | Incoming::Returned(_) => {}
+                },
+                Ok(Event::Incoming(..) | Event::Finished) => {}
+                // The work queue has a sender, and we have the work queue.
+                Err(RecvError) => return End::Stopping,
+            }
+        }
+    }
+
+    /// Begins to consume on a channel.
+    fn consume(&self, connection: &Connection, channel: &Channel) {
+        // A dead connection is known by other ways.
+        let _ = connection.outbox.send(None, |out| {
+            put_qos(out, channel.id(), self.options.prefetch);
+            put_consume(out, channel.id(), self.options.queue.as_bytes(), false);
+        });
+    }
+
+    /// Every channel consumes: the workers may begin.
+    fn announce(&mut self, connection: &Connection) {
+        // Whoever reads of a lost connection wants to read of its return.
+        let level = match self.starting {
+            Some(_) => Level::Info,
+            None => Level::Warn,
+        };
+        let (workers, queue) = (self.options.workers, &self.options.queue);
+        log::log!(level, "connected: {workers} workers consume '{queue}'");
+        self.stats.connections.fetch_add(1, Ordering::Relaxed);
+        self.queue.open_session(Session {
+            number: self.number,
+            inbox: Arc::clone(&connection.inbox),
+            outbox: Arc::clone(&connection.outbox),
+        });
+        // After it is counted, by which `Server::start` knows that it has started.
+        self.starting = None;
+    }
+
+    /// The queue of a channel's consumer was deleted: declares it again, and consumes it.
+    fn consume_again(
+        &self,
+        connection: &Connection,
+        channels: &[Channel],
+        id: u16,
+    ) -> Result<(), String> {
+        let Some(channel) = channels.iter().find(|channel| channel.id() == id) else {
+            return Ok(());
+        };
+        let (queue, queue_type) = (&self.options.queue, self.options.queue_type);
+        log::warn!("the queue '{queue}' was deleted; declaring it again");
+        queue::declare(channel, queue, queue_type).map_err(|error| error.reason().to_owned())?;
+        self.consume(connection, channel);
+        Ok(())
+    }
+
+    /// Stops consuming, lets the workers finish what they have begun, gives the rest back.
+    fn drain(&mut self, connection: &mut Connection, channels: Vec<Channel>) -> Result<(), Error> {
+        let time = self.options.drain_timeout;
+        let deadline = after(Instant::now(), time);
+        let give_up_at = deadline.min(Instant::now() + CANCEL_TIME);
+        // Whatever may still block gets an error when the time is up.
+        let _watchdog = connection.outbox.abort_after(time);
+        self.queue.stop();
+        for channel in &channels {
+            let cancel = |out: &mut Vec<u8>| put_cancel(out, channel.id());
+            let _ = connection.outbox.send(Some(deadline), cancel);
+        }
+        let mut cancelled = 0;
+        loop {
+            let (busy, backlog) = self.queue.take_backlog();
+            for Task { delivery, .. } in backlog {
+                let requeue = |out: &mut Vec<u8>| put_requeue(out, delivery.channel, delivery.tag);
+                let _ = connection.outbox.send(Some(deadline), requeue);
+            }
+            if busy == 0 && cancelled == channels.len() {
+                // Closing a channel is behind the last reply on it: once that is done, it has
+                // arrived.
+                drop(channels);
+                let _ = connection.close();
+                return Ok(());
+            }
+            if busy == 0 && Instant::now() >= give_up_at {
+                // The broker does not listen; it gives back what it has given us when it finds
+                // the connection closed.
+                let _ = connection.close();
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                connection.outbox.abort();
+                return Err(Error::DrainTimeout {
+                    after: time,
+                    workers: busy,
+                });
+            }
+            let wake_at = if busy == 0 { give_up_at } else { deadline };
+            let reason = select! {
+                recv(self.told) -> event => match event {
+                    Ok(Event::Incoming(number, incoming)) if number == self.number => match incoming {
+                        Incoming::Channel(_, ChannelEvent::Cancelled) => {
+                            cancelled += 1;
+                            continue;
+                        }
+                        Incoming::Channel(_, ChannelEvent::Closed(reason)) => reason.to_string(),
+                        _ => continue,
+                    },
+                    _ => continue,
+                },
+                recv(connection.down) -> _ => GONE.to_owned(),
+                default(wake_at.saturating_duration_since(Instant::now())) => continue,
+            };
+            if Instant::now() >= deadline {
+                continue; // the watchdog has ended it
+            }
+            // Nothing can be answered any more; the broker gives it all to others.
+            log::warn!(
+                "lost the connection {} while draining: {reason}",
+                connection.name
+            );
+            return Ok(());
+        }
+    }
+}

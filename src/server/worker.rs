@@ -1,0 +1,110 @@
+//! A worker: a thread that takes a request, runs the handler, and sends reply and acknowledgement.
+
+use crate::amqp::frame::{Publish, put_ack, put_publish};
+use crate::amqp::incoming::{Delivery, Message};
+use crate::message::{RemoteError, Response, return_address};
+use crate::server::request::Request;
+use crate::server::work_queue::{Session, Task, WorkQueue};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A user's function, and whatever makes a message of its outcome.
+pub(crate) type Handler = dyn Fn(&Request) -> Result<Response, RemoteError> + Send + Sync;
+
+/// What all workers of a server share.
+pub(crate) struct Worker {
+    pub handler: Box<Handler>,
+    pub queue: Arc<WorkQueue>,
+    pub stats: Arc<Stats>,
+}
+
+#[derive(Default)]
+pub(crate) struct Stats {
+    pub answered: AtomicU64,
+    pub refused: AtomicU64,
+    pub expired: AtomicU64,
+    pub unanswerable: AtomicU64,
+    pub connections: AtomicU64,
+}
+
+impl Worker {
+    /// Works until the server has ended.
+    pub fn run(&self) {
+        while let Some((session, task)) = self.queue.next() {
+            self.answer(&session, task);
+        }
+    }
+
+    /// Executes a request, and sends its reply and its acknowledgement, in this order: a crash in
+    /// between makes the broker deliver the request again, and not lose it.
+    fn answer(&self, session: &Session, task: Task) {
+        let Delivery {
+            channel,
+            tag,
+            redelivered,
+            message: Message { head, body },
+        } = task.delivery;
+        let properties = head.properties();
+        let acknowledge = |out: &mut Vec<u8>| put_ack(out, channel, tag);
+        let Some((reply_to, correlation_id)) = return_address(&properties) else {
+            self.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
+            log::warn!("dropped a request without reply_to ({} bytes)", body.len());
+            return self.queue.finish(session, acknowledge);
+        };
+        let request = Request::read(&properties, body, redelivered, task.arrived);
+        if request.time_left() == Some(Duration::ZERO) {
+            self.stats.expired.fetch_add(1, Ordering::Relaxed);
+            log::debug!("dropped a request whose caller has given up");
+            return self.queue.finish(session, acknowledge);
+        }
+        let response = self.execute(&request);
+        let reply = Publish {
+            routing_key: reply_to,
+            // A caller that is gone needs no answer.
+            mandatory: false,
+            properties: response.properties(correlation_id),
+            body: response.body(),
+        };
+        self.queue.finish(session, |out| {
+            put_publish(out, channel, &reply);
+            put_ack(out, channel, tag);
+        });
+    }
+
+    /// Runs the handler.
+    fn execute(&self, request: &Request) -> Response {
+        // The handler is shared by reference and has no state of ours to leave half changed.
+        let outcome = catch_unwind(AssertUnwindSafe(|| (self.handler)(request)));
+        let outcome = outcome.unwrap_or_else(|panic| {
+            Err(RemoteError::internal(format!(
+                "the handler panicked: {}",
+                panic_message(&*panic)
+            )))
+        });
+        let counter = if outcome.is_ok() {
+            &self.stats.answered
+        } else {
+            &self.stats.refused
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        outcome.unwrap_or_else(|error| {
+            if !error.has_valid_kind() {
+                log::warn!(
+                    "an error of the kind {:?} was sent as 'internal': a kind is lower-case words \
+                     with hyphens",
+                    error.kind()
+                );
+            }
+            error.into_response()
+        })
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
