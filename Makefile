@@ -23,11 +23,12 @@ test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL n
 	@scripts/peers
 	scripts/broker with-broker $(MAKE) --no-print-directory test-with-broker
 
-test-with-broker: # each set of features; all that the command needs is tested with the default one
+test-with-broker: # each feature alone, then everything with all of them
 	$(CARGO) test --locked --no-default-features --lib --test library
 	$(CARGO) test --locked --no-default-features --features tls --lib --test library
+	$(CARGO) test --locked --no-default-features --features json --lib --test library
 	$(CARGO) test --locked --no-default-features --features cli --lib --bins --test library
-	$(CARGO) test --locked
+	$(CARGO) test --locked --all-features
 
 chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
@@ -44,14 +45,16 @@ scaling: build ## rates against workers, prefetch, calls in flight, queue types;
 	@scripts/peers matplotlib
 	@ROUNDS=$(ROUNDS) scripts/broker with-broker target/peers/bin/python bench/scaling.py
 
-lint: ## formatting, clippy, documentation, shell scripts; warnings are errors
+lint: ## formatting, who imports whom, clippy, documentation, shell scripts; warnings are errors
 	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	scripts/storeys
+	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features tls --all-targets -- -D warnings
+	$(CARGO) clippy --locked --no-default-features --features json --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features cli --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
-	bash -n scripts/broker scripts/demo scripts/peers .ci/run
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features --document-private-items
+	bash -n scripts/broker scripts/demo scripts/peers scripts/storeys .ci/run
 
 build: ## the binary, target/release/fibrpc
 	$(CARGO) build --release --locked

@@ -217,6 +217,31 @@ fn whatever_of_the_users_panics_is_answered_and_no_worker_is_lost() {
 }
 
 #[test]
+fn a_handler_that_blocks_keeps_its_own_worker_and_nothing_else() {
+    let queue = unique("blocks");
+    let (open, wait) = gate();
+    let serving = serve(&queue, 2, move |request| {
+        if request.body() == b"block" {
+            wait();
+        }
+        Ok(())
+    });
+    let client = client();
+    let mut calls = client.calls();
+    calls.submit((), client.request(&queue).body("block"));
+    for _ in 0..50 {
+        client.call(&queue, "").unwrap();
+    }
+    assert_eq!(serving.stats().answered, 50);
+    // The drain waits for it, and for nothing else.
+    let stopper = serving.stopper();
+    stopper.stop();
+    drop(open);
+    assert_eq!(serving.wait().unwrap().answered, 51);
+    assert!(calls.next().unwrap().result.is_ok());
+}
+
+#[test]
 fn a_request_has_a_deadline_of_its_own_which_says_what_was_waited_for() {
     let queue = unique("deadline");
     let (open, wait) = gate();

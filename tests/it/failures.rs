@@ -180,6 +180,55 @@ fn a_memory_alarm_is_named_by_the_timeout_and_over_when_it_is_over() {
 }
 
 #[test]
+fn what_is_submitted_while_the_broker_blocks_is_sent_in_time_or_never() {
+    let broker = PrivateBroker::start();
+    let queue = unique("held-back");
+    let server = server(&broker.url, &queue, &["--workers", "1"]);
+    let caller = client(&broker.url, &queue, 2 * PATIENCE);
+    assert_eq!(caller.call("10").unwrap(), b"55");
+    broker.ctl(&["set_vm_memory_high_watermark", "0"]);
+    // On a connection that was there before, and from processes that connect now. The broker says
+    // that it blocks only in answer to a message: so on the first, fib(20) is sent, and may be
+    // executed later.
+    let hurried = Duration::from_millis(500);
+    for n in ["20", "21", "22"] {
+        match caller.request().timeout(hurried).send(n) {
+            Err(Error::Timeout {
+                waiting_for: WaitingFor::BlockedBroker { .. },
+                ..
+            }) => {}
+            other => panic!("fib({n}): {other:?}"),
+        }
+    }
+    for n in ["23", "24"] {
+        let call = run(fibrpc(&broker.url, &queue).args(["call", "--timeout", "1s", n]));
+        assert_eq!(call.code(), Some(4));
+        assert!(call.stderr.contains("blocked"), "{}", call.stderr);
+    }
+    // These have time enough, and are sent when the broker reads again.
+    let patient = begin(&caller, "11");
+    let process = Process::spawn(fibrpc(&broker.url, &queue).args(["call", "12"]));
+    process.wait_for("Requesting");
+    broker.ctl(&["set_vm_memory_high_watermark", "0.8"]);
+    assert_eq!(patient.join().unwrap().unwrap(), b"89");
+    process.wait_for(" [.] Got 144");
+    assert_eq!(caller.call("13").unwrap(), b"233");
+    assert_eq!(caller.stats().connections, 1);
+    // Everything else that the server was ever given.
+    server.signal("TERM");
+    let mut server = server;
+    assert!(server.wait(PATIENCE).success());
+    let lines = server.output().0;
+    let mut executed: Vec<_> = lines.lines().collect();
+    executed.retain(|line| *line != " [.] fib(20)");
+    executed.sort_unstable();
+    assert_eq!(
+        executed,
+        ["10", "11", "12", "13"].map(|n| format!(" [.] fib({n})"))
+    );
+}
+
+#[test]
 fn a_full_socket_holds_no_call_past_its_deadline() {
     let broker = PrivateBroker::start();
     let queue = unique("full");

@@ -3,7 +3,7 @@
 use crate::fib;
 use crate::support::{
     Message, PATIENCE, Peer, Process, RawPeer, client, eventually, fibrpc, local, long_string, run,
-    server, short_string, stop, swallow, unique, url,
+    server, short_string, swallow, unique, url,
 };
 use amiquip::{AmqpProperties, AmqpValue, FieldTable, QueueDeclareOptions, QueueDeleteOptions};
 use crossbeam_channel::bounded;
@@ -241,7 +241,7 @@ fn a_request_is_acknowledged_only_after_its_reply() {
     drop(go);
     peer.receive(&callback);
     peer.receive(&callback);
-    let stats = stop(server);
+    let stats = server.stop().unwrap();
     assert_eq!(
         (stats.answered, stats.refused, stats.unanswerable),
         (2, 0, 0)
@@ -423,7 +423,7 @@ fn a_handler_that_panics_answers_internal_and_the_next_is_served() {
         other => panic!("expected an internal error, got {other:?}"),
     }
     assert_eq!(client.call(b"fine").unwrap(), b"fine");
-    let stats = stop(server);
+    let stats = server.stop().unwrap();
     assert_eq!((stats.answered, stats.refused), (1, 1));
 }
 

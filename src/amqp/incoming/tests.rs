@@ -181,7 +181,7 @@ fn a_closed_channel_is_told_to_both_and_takes_its_unfinished_message_along() {
 }
 
 #[test]
-fn a_goodbye_is_read_and_nothing_else_is_taken_for_one() {
+fn a_close_reason_is_read_and_nothing_else_is_taken_for_one() {
     let mut close = Vec::new();
     put_raw(
         &mut close,
