@@ -42,15 +42,30 @@ const CLOSE_TIME: Duration = Duration::from_millis(200);
 /// A blocking RPC client for any number of queues: a handle that is cheap to clone and that many
 /// threads can share.
 ///
-/// The connection is made when the first call needs it, and again whenever a call finds it
-/// lost. Dropping the last handle closes it, which takes at most 0.2 s.
+/// All clones share one connection, which a thread of the client's own keeps. It is made when the
+/// first call needs it, and again when a call needs it and it was lost. A client is [`Send`] and
+/// [`Sync`]: any number of threads can call at the same time, by a reference or by a clone each.
+///
+/// Dropping a clone does nothing. Dropping the last one closes the connection and ends the thread;
+/// it blocks for at most 0.2 s.
+///
+/// Each process needs a client of its own. After a `fork`, make one in the child: a client that was
+/// made before has lost its thread there, and shares its socket with the parent.
 ///
 /// ```no_run
 /// use fibrpc::Client;
+/// use std::thread;
 ///
 /// let client = Client::new("amqp://localhost")?;
 /// let reply = client.call("shout", "hello")?; // blocks, at most for the timeout
 /// assert_eq!(reply.body, b"HELLO");
+///
+/// thread::scope(|scope| {
+///     for word in ["many", "threads"] {
+///         let client = &client;
+///         scope.spawn(move || println!("{:?}", client.call("shout", word)));
+///     }
+/// });
 /// # Ok::<(), fibrpc::Error>(())
 /// ```
 #[derive(Clone)]
@@ -84,6 +99,8 @@ impl fmt::Debug for Client {
 
 /// A client that is still to be told some options. Made by [`Client::builder`].
 ///
+/// It holds no connection and no thread; dropping it does nothing.
+///
 /// ```no_run
 /// use fibrpc::{Client, Retry};
 /// use std::time::Duration;
@@ -102,14 +119,15 @@ pub struct ClientBuilder {
 }
 
 impl ClientBuilder {
-    /// How long a call may take, everything included: connect, send, wait, reconnect. A request
-    /// can have [its own](RequestBuilder::timeout). Default: 30 s.
+    /// How long a call may take, everything included: connect, send, wait, reconnect. Longer than
+    /// 0, which [`ClientBuilder::build`] checks. A request can have
+    /// [its own](RequestBuilder::timeout). Default: 30 s.
     pub fn timeout(mut self, timeout: Duration) -> ClientBuilder {
         self.options.timeout = timeout;
         self
     }
 
-    /// How hard a call tries. A request can have [its own](RequestBuilder::retry). Default:
+    /// When a request is sent again. A request can have [its own](RequestBuilder::retry). Default:
     /// [`Retry::LostConnection`].
     pub fn retry(mut self, retry: Retry) -> ClientBuilder {
         self.options.retry = retry;
@@ -123,18 +141,37 @@ impl ClientBuilder {
     }
 
     /// Whether calls wait, until their deadline, for a broker that is not up and a request queue
-    /// that does not exist yet. If not, they end at once. Default: `false`.
+    /// that does not exist yet. Default: `false`, and they end with [`Error::Unreachable`] or
+    /// [`Error::NoServer`] as soon as that is known.
+    ///
+    /// A client that has been connected once waits for a lost broker in any case. In the first 10 s
+    /// after it has connected again, it waits for a missing queue, too: the server may not be back
+    /// yet.
     pub fn wait_for_server(mut self, wait: bool) -> ClientBuilder {
         self.options.wait_for_server = wait;
         self
     }
 
-    /// Makes the client; connects to nothing yet.
+    /// Makes the client and its thread; connects to nothing yet, and does not block.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidArgument`]: the timeout is zero, or the operating system has no thread to
     /// spare.
+    ///
+    /// # Panics
+    ///
+    /// If the operating system has no random numbers, which Linux says of itself only while it
+    /// boots.
+    ///
+    /// ```
+    /// use fibrpc::{Client, Error};
+    /// use std::time::Duration;
+    ///
+    /// let never = Client::builder("amqp://localhost")?.timeout(Duration::ZERO);
+    /// assert!(matches!(never.build(), Err(Error::InvalidArgument(_))));
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn build(self) -> Result<Client, Error> {
         if self.options.timeout.is_zero() {
             let reason = "the timeout must be longer than 0".to_owned();
@@ -161,26 +198,50 @@ impl ClientBuilder {
     }
 }
 
-/// What has happened to a client so far.
+/// What has happened to a client so far, all its clones together. Made by [`Client::stats`].
+///
+/// ```no_run
+/// let client = fibrpc::Client::new("amqp://localhost")?;
+/// client.call("shout", "hello")?;
+/// let stats = client.stats();
+/// assert_eq!((stats.connections, stats.republished), (1, 0));
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct ClientStats {
-    /// Connections made.
+    /// Connections made, each with its callback queue. The first is one, too.
     pub connections: u64,
-    /// Requests sent again, as [`Retry`] says.
+    /// How often a request was sent again, as [`Retry`] says.
     pub republished: u64,
-    /// Replies dropped because no call waits for them: duplicates, and those after a deadline.
+    /// Replies dropped because no call waits for them: a second answer to a request that was
+    /// executed twice, one after its call's deadline, one to a call that was abandoned, and what
+    /// was never ours.
     pub dropped_replies: u64,
 }
 
 impl Client {
-    /// Makes a client with every option at its default; connects to nothing yet. `brokers` are a
-    /// URL, several separated by commas, or [`Endpoints`].
+    /// Makes a client with every option of [`ClientBuilder`] at its default; connects to nothing
+    /// yet, and does not block. `brokers` are a URL, several separated by commas, or [`Endpoints`].
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidUrl`], and [`Error::InvalidArgument`] if the operating system has no thread
-    /// to spare.
+    /// - [`Error::InvalidUrl`]: a URL cannot be used.
+    /// - [`Error::InvalidArgument`]: the operating system has no thread to spare.
+    ///
+    /// # Panics
+    ///
+    /// As of [`ClientBuilder::build`].
+    ///
+    /// ```
+    /// use fibrpc::{Client, Endpoints, Error};
+    ///
+    /// let _one = Client::new("amqp://app:secret@broker.example/shop")?;
+    /// let _several = Client::new("amqp://a.example,amqp://b.example")?;
+    /// let _the_default = Client::new(Endpoints::default())?; // guest at localhost
+    /// assert!(matches!(Client::new("localhost"), Err(Error::InvalidUrl(_))));
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn new<B>(brokers: B) -> Result<Client, Error>
     where
         B: TryInto<Endpoints>,
@@ -189,11 +250,12 @@ impl Client {
         Client::builder(brokers)?.build()
     }
 
-    /// Begins a client with options.
+    /// Begins a client with options. `brokers` are as of [`Client::new`]; [`ClientBuilder`] has an
+    /// example.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidUrl`].
+    /// [`Error::InvalidUrl`]: a URL cannot be used.
     pub fn builder<B>(brokers: B) -> Result<ClientBuilder, Error>
     where
         B: TryInto<Endpoints>,
@@ -205,22 +267,61 @@ impl Client {
         })
     }
 
-    /// Sends a request to a queue and waits for the reply, at most for the client's timeout.
+    /// Sends a request to a queue and waits for the reply. Blocks for at most the client's timeout,
+    /// by default 30 s, whatever the broker does.
+    ///
+    /// The body is any bytes; it travels as `text/plain`. [`Client::request`] says otherwise.
     ///
     /// # Errors
     ///
-    /// Any [`Error`] that is not a server's; each says when it happens.
+    /// Was the request executed? Not with those marked *no*; with the others it may have been.
+    ///
+    /// - [`Error::InvalidArgument`] (*no*): the queue's name is empty or longer than 255 bytes, or
+    ///   the body longer than 128 MiB.
+    /// - [`Error::Unreachable`] (*no*): no broker could be reached, by a client that has not been
+    ///   connected yet and does not [wait](ClientBuilder::wait_for_server). It takes one round of
+    ///   all brokers, which gets 10 s.
+    /// - [`Error::NoServer`] (*no*, unless it was sent before, see [`Retry`]): the request queue
+    ///   does not exist, and the client does not [wait](ClientBuilder::wait_for_server) for it.
+    /// - [`Error::Timeout`]: the deadline passed. It says what was waited for.
+    /// - [`Error::Remote`]: the server answered with an error.
+    /// - [`Error::ConnectionLost`]: the connection was lost after the request was sent, and
+    ///   [`Retry::Never`] forbids to send it again.
+    /// - [`Error::QueueRefused`]: the broker closed the channel because of a request: the user may
+    ///   not publish (403), or the body is over the broker's own limit (406). All calls of the
+    ///   client that are in flight end with it, whichever was the cause.
+    /// - [`Error::Closed`]: [`Client::close`] was called, before or meanwhile.
+    ///
+    /// ```no_run
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// let reply = client.call("shout", "hello")?;
+    /// println!("{}", String::from_utf8_lossy(&reply.body));
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     pub fn call(&self, queue: &str, body: impl Into<Vec<u8>>) -> Result<Reply, Error> {
         self.request(queue).send(body)
     }
 
-    /// Begins a request to a queue, with headers, a content type or a timeout of its own.
+    /// Begins a request to a queue, with headers, a content type or a timeout of its own; sends
+    /// nothing yet. The queue's name has 1 to 255 bytes, which is checked when the request is sent.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// let reply = client.request("shout").timeout(Duration::from_secs(2)).send("hello")?;
+    /// assert_eq!(reply.body, b"HELLO");
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     pub fn request(&self, queue: &str) -> RequestBuilder<'_> {
         RequestBuilder::new(&self.handle.shared, queue)
     }
 
-    /// Sends many requests, at most `window` at a time unanswered, and gives the answers in the
-    /// order of the requests; the keys count them from 0. Memory is bounded by the window.
+    /// Sends many requests, to one queue or several, and gives the answers in their order; the keys
+    /// count them from 0. One that fails does not keep the rest from going on.
+    ///
+    /// At most `window` requests are sent and not given out yet (0 is taken as 1), so one that
+    /// takes long holds back those that are a window behind it. Memory is bounded by the window.
     ///
     /// ```no_run
     /// let client = fibrpc::Client::new("amqp://localhost")?;
@@ -237,22 +338,49 @@ impl Client {
         CallMany::new(&self.handle.shared, requests.into_iter(), window)
     }
 
-    /// A set of calls that are in flight together, answered in any order.
+    /// Begins a set of calls that are in flight together, answered in any order; sends nothing yet.
+    /// `K` is what you tell the answers by.
+    ///
+    /// ```no_run
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// let mut calls = client.calls();
+    /// calls.submit("first", client.request("shout").body("hello"));
+    /// calls.submit("second", client.request("shout").body("world"));
+    /// while let Some(answer) = calls.next() {
+    ///     println!("{}: {:?}", answer.key, answer.result);
+    /// }
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     pub fn calls<K>(&self) -> Calls<'_, K> {
         Calls::new(&self.handle.shared)
     }
 
-    /// Ends every call that is waiting, in any thread, with [`Error::Closed`]; later ones, too.
+    /// Ends every call that is waiting, in any thread and of any clone, with [`Error::Closed`]; and
+    /// later ones at once. Returns at once; the waiting threads learn of it within 0.3 s.
+    ///
+    /// A request that was sent already may still be executed. A closed client stays closed.
+    ///
+    /// ```no_run
+    /// # use std::thread;
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// let caller = thread::spawn({
+    ///     let client = client.clone();
+    ///     move || client.call("shout", "hello")
+    /// });
+    /// client.close();
+    /// println!("{:?}", caller.join()); // Closed, unless the answer was quicker
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     pub fn close(&self) {
         self.handle.shared.close();
     }
 
-    /// Whether [`Client::close`] was called.
+    /// Whether [`Client::close`] was called, on this clone or another.
     pub fn is_closed(&self) -> bool {
         self.handle.shared.lock().closing
     }
 
-    /// What has happened so far.
+    /// What has happened so far, to all clones together. Does not block.
     pub fn stats(&self) -> ClientStats {
         let stats = &self.handle.shared.stats;
         ClientStats {

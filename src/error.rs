@@ -11,6 +11,10 @@ use std::time::Duration;
 
 /// Why a call was not answered, or a server could not run.
 ///
+/// Each variant says when it happens; [`Client::call`](crate::Client::call),
+/// [`Server::start`](crate::Server::start) and [`Serving::stop`](crate::Serving::stop) say which of
+/// them they return. Printed, an error is one sentence that names what it is about.
+///
 /// No message contains a password: URLs are printed without it.
 ///
 /// ```no_run
@@ -28,99 +32,138 @@ use std::time::Duration;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Error {
-    /// A broker's URL cannot be used.
+    /// A broker's URL cannot be used. Told when a client or a server is made.
     InvalidUrl(InvalidUrl),
-    /// A value that could never work, found before anything was sent: a queue name over 255
-    /// bytes, a reserved header, a request over the broker's limit, no workers.
+    /// A value that could never work, found before anything was sent: a queue name over 255 bytes,
+    /// a reserved header, a request over 128 MiB, a timeout of 0, no workers, a value that cannot
+    /// be written as JSON. The text says which. Also if the operating system has no thread to
+    /// spare.
     InvalidArgument(String),
     /// No broker could be reached, or it refused us: nothing listens there, the name does not
-    /// resolve, wrong credentials or virtual host, TLS failed.
+    /// resolve, wrong credentials or virtual host, TLS failed, no callback queue to be had. A
+    /// client that has been connected once does not end with it, but tries again until the
+    /// deadline.
     Unreachable {
         /// What was tried, without passwords.
         endpoint: String,
-        /// What happened there.
+        /// What happened there; with several brokers, at each of them.
         reason: String,
-        /// The operating system's error, where there was one.
+        /// The operating system's error, where there was one; with several brokers, at the first.
         source: Option<Arc<dyn StdError + Send + Sync>>,
     },
-    /// The request queue does not exist, so no server has ever been there: the broker returned
-    /// the request (`basic.return`, 312 NO_ROUTE).
+    /// The request queue does not exist: no server has been there since the broker started, or the
+    /// queue was deleted. The broker returned the request (`basic.return`, 312 NO_ROUTE), so this
+    /// is known after one round trip.
+    /// Source: <https://www.rabbitmq.com/docs/publishers#unroutable>.
     NoServer {
         /// The request queue.
         queue: String,
     },
-    /// The deadline passed.
+    /// The deadline passed. The request may or may not have been executed.
     Timeout {
-        /// How long was waited, in all.
+        /// The call's timeout.
         after: Duration,
         /// What was being waited for when the deadline passed.
         waiting_for: WaitingFor,
     },
     /// The server answered, and the answer is an error.
     Remote(RemoteError),
-    /// The connection was lost after the request was sent, and sending it again was not
-    /// allowed. The server may or may not have executed it.
+    /// The connection was lost after the request was sent, and sending it again was not allowed
+    /// ([`Retry::Never`](crate::Retry::Never)). The server may or may not have executed it.
+    ///
+    /// [`Status::of`](crate::Status::of) uses it, too, for a connection that was lost while it
+    /// asked, and [`Serving::stop`](crate::Serving::stop) for a panic of ours. The printed
+    /// sentence, which speaks of a request that was sent, does not fit then.
     ConnectionLost {
         /// What happened to the connection.
         reason: String,
     },
-    /// The broker refuses the request queue to us: it exists in an incompatible form (406), is
-    /// another connection's own (405), or we lack the permission (403).
+    /// The broker refuses the request queue to a server: another one declares it otherwise at that
+    /// moment (406), it is another connection's own (405), or we lack the permission (403); 541 is
+    /// what a broker says that refuses transient queues.
+    ///
+    /// To a client: we may not publish or consume (403), or a request is over the broker's limit
+    /// (406), whatever the way out that `reason` names.
+    /// Source: <https://www.rabbitmq.com/docs/access-control>.
     QueueRefused {
         /// The request queue.
         queue: String,
-        /// The broker's words.
+        /// The broker's words, and what may help.
         reason: String,
     },
     /// A server was told to stop, and some requests were still being executed when the drain
     /// timeout passed. The broker gives them to another server.
     DrainTimeout {
-        /// The drain timeout.
+        /// The drain timeout, as set.
         after: Duration,
         /// Workers whose handler had not returned.
         workers: usize,
     },
     /// The server has answered, and its answer cannot be read as what was asked for, such as JSON
-    /// of a certain shape.
+    /// of a certain shape. The request was executed.
     UnreadableReply {
         /// What is wrong with it, and where.
         reason: String,
     },
-    /// The client was closed while the call was waiting, or before.
+    /// The client was closed ([`Client::close`](crate::Client::close)) while the call was waiting,
+    /// or before. A request that had been sent may be executed.
     Closed,
-    /// The server was told to stop before it had started.
+    /// The server was told to stop by a [`Stopper`](crate::Stopper) before it had started.
     Stopped,
 }
 
-/// What a call was waiting for when its deadline passed.
+/// What a call was waiting for when its deadline passed: a part of [`Error::Timeout`].
+///
+/// ```
+/// use fibrpc::{Error, WaitingFor};
+///
+/// fn advice(error: &Error) -> &'static str {
+///     match error {
+///         Error::Timeout { waiting_for: WaitingFor::Answer { status: Some(status), .. }, .. } => {
+///             match status.consumers {
+///                 0 => "start a server",
+///                 _ => "start more servers, or wait for longer",
+///             }
+///         }
+///         Error::Timeout { waiting_for: WaitingFor::BlockedBroker { .. }, .. } => "free memory",
+///         _ => "read the message",
+///     }
+/// }
+/// # assert_eq!(advice(&Error::Closed), "read the message");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WaitingFor {
-    /// A connection: name resolution, TCP, TLS or AMQP's handshake.
+    /// A connection: name resolution, TCP, TLS, AMQP's handshake, or the callback queue. A request
+    /// that was sent before the connection was lost may have been executed.
     Connection {
         /// The brokers being tried, without passwords.
         endpoint: String,
-        /// Why the latest attempt failed, if one has.
+        /// Why the latest attempt failed, or the connection was lost, if that has happened yet.
         last_error: Option<String>,
     },
-    /// Room in the socket: the broker does not read.
+    /// Room in the socket: the broker does not read, and the request is still here.
     Room,
-    /// A broker that has blocked publishers (`connection.blocked`).
+    /// A broker that has blocked publishers (`connection.blocked`), low on memory or disk. Requests
+    /// are held back meanwhile. Source: <https://www.rabbitmq.com/docs/connection-blocked>.
     BlockedBroker {
         /// The broker's reason, such as `low on memory`.
         reason: String,
     },
-    /// A request queue that does not exist (only when told to wait for one).
+    /// A request queue that does not exist: the call was told to
+    /// [wait](crate::ClientBuilder::wait_for_server) for it, or the client had connected again less
+    /// than 10 s before, or the queue was deleted with the request in it.
     Queue {
         /// The request queue.
         queue: String,
     },
-    /// An answer.
+    /// An answer: the request was sent.
     Answer {
         /// The request queue.
         queue: String,
-        /// What the broker said of the queue shortly before the deadline: its consumers, and
-        /// its requests not yet given to one. `None` if the broker did not say in time.
+        /// What the broker said of the queue shortly before the deadline (0.2 s, or a fifth of the
+        /// timeout if that is less): its consumers, and its requests not yet given to one. `None`
+        /// if the broker did not say in time.
         status: Option<QueueStatus>,
     },
 }

@@ -1,4 +1,10 @@
-//! Requests and replies as JSON: values that [serde](https://serde.rs) reads and writes.
+//! Requests and replies as JSON: values that [serde](https://serde.rs) reads and writes. With the
+//! feature `json`.
+//!
+//! [`handler`] makes a handler of a function from one type to another. A handler that needs headers
+//! or the time left as well is an ordinary one, and reads its body by [`Request::json`]. A client
+//! sends by [`RequestBuilder::send_json`] and reads by [`Reply::json`]; [`Calls`](crate::Calls)
+//! take `client.request(queue).content_type("application/json").body(serde_json::to_vec(&value)?)`.
 //!
 //! A server around a function from one type to another, and a call of it:
 //!
@@ -44,8 +50,13 @@ const APPLICATION_JSON: &str = "application/json";
 /// another.
 ///
 /// A body that cannot be read as a `T` is answered with an error of kind `invalid-argument` that
-/// names the field. The reply's content type is `application/json`. The function's error is
-/// answered like that of any handler: a [`RemoteError`] as it is, any other as `internal`.
+/// names the field; what the request says of its content type does not matter. The reply's content
+/// type is `application/json`. The function's error is answered like that of any handler: a
+/// [`RemoteError`] as it is, any other as `internal`, as is a result that cannot be written as
+/// JSON.
+///
+/// The function runs in several threads at once and must be idempotent, as
+/// [`Server::start`](crate::Server::start) says.
 ///
 /// A closure has to say what its error is, since nothing else does:
 ///
@@ -76,11 +87,12 @@ where
 }
 
 impl Request {
-    /// Reads the body as JSON.
+    /// Reads the body as JSON, whatever its content type. With the feature `json`.
     ///
     /// # Errors
     ///
-    /// Of kind `invalid-argument`: which field cannot be read, and why.
+    /// Of kind `invalid-argument`: which field cannot be read, and why. A handler passes it on by
+    /// `?`.
     ///
     /// ```
     /// use fibrpc::Request;
@@ -112,12 +124,20 @@ impl Request {
 
 impl RequestBuilder<'_> {
     /// Sends the request with a value as its body, of content type `application/json` unless it
-    /// says otherwise, and waits for the reply.
+    /// says otherwise, and waits for the reply. Blocks for at most the timeout. With the feature
+    /// `json`.
     ///
     /// # Errors
     ///
-    /// As of [`Client::call`](crate::Client::call); [`Error::InvalidArgument`] if the value cannot
-    /// be written as JSON.
+    /// As of [`RequestBuilder::send`]; and [`Error::InvalidArgument`] also if the value cannot be
+    /// written as JSON.
+    ///
+    /// ```no_run
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// let reply = client.request("join").send_json(&["a", "b"])?;
+    /// assert_eq!(reply.json::<String>()?, "ab");
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     pub fn send_json<T: Serialize + ?Sized>(self, value: &T) -> Result<Reply, Error> {
         let body = serde_json::to_vec(value).map_err(|error| {
             Error::InvalidArgument(format!("the request cannot be written as JSON: {error}"))
@@ -127,11 +147,21 @@ impl RequestBuilder<'_> {
 }
 
 impl Reply {
-    /// Reads the body as JSON.
+    /// Reads the body as JSON, whatever its content type. With the feature `json`.
     ///
     /// # Errors
     ///
     /// [`Error::UnreadableReply`]: which field cannot be read, and why.
+    ///
+    /// ```
+    /// use fibrpc::{Error, Reply};
+    ///
+    /// let mut reply = Reply::default();
+    /// reply.body = b"[1,2]".to_vec();
+    /// assert_eq!(reply.json::<Vec<u32>>()?, [1, 2]);
+    /// assert!(matches!(reply.json::<String>(), Err(Error::UnreadableReply { .. })));
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Error> {
         read(&self.body).map_err(|reason| Error::UnreadableReply {
             reason: format!("it is not the JSON that was expected: {reason}"),

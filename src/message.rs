@@ -28,8 +28,15 @@ const KIND_MAX: usize = 64;
 
 /// What a handler answers, as the message that it becomes.
 ///
-/// Bytes and texts are responses by themselves: `Ok(bytes)` is `Ok(Response::new(bytes))`. An empty
-/// one is a response like any other.
+/// Bytes and texts are responses by themselves: `Ok(bytes)` is `Ok(Response::new(bytes))`. So are
+/// `()`, the empty response, and a [`Reply`] that is passed on. An empty response is one like any
+/// other.
+///
+/// One that cannot be sent reaches the caller as an error of kind `internal` that says why: a
+/// header not within the limits of [`Headers::insert`], a content type over 255 bytes, a body over
+/// 128 MiB. A broker may take less than that (RabbitMQ 4: 16 MiB unless configured otherwise), and
+/// what it does not take costs the connection: the server reconnects, and executes the request
+/// again and again until it expires.
 ///
 /// ```
 /// use fibrpc::Response;
@@ -57,13 +64,15 @@ impl Response {
         }
     }
 
-    /// Says what the body is: a media type of at most 255 bytes. Default: `text/plain`.
+    /// Says what the body is: a media type of at most 255 bytes, which is checked when it is sent.
+    /// Default: `text/plain`.
     pub fn with_content_type(mut self, content_type: impl Into<String>) -> Response {
         self.content_type = Some(content_type.into());
         self
     }
 
-    /// Adds a header, within the limits of [`Headers::insert`]. Default: none.
+    /// Sets a header, within the limits of [`Headers::insert`]; the same name again replaces the
+    /// value. Default: none.
     pub fn with_header(mut self, name: impl Into<String>, value: impl Into<String>) -> Response {
         self.headers.insert(name, value);
         self
@@ -74,17 +83,17 @@ impl Response {
         &self.body
     }
 
-    /// The content type.
+    /// The content type; `text/plain` if none was set.
     pub fn content_type(&self) -> &str {
         self.content_type.as_deref().unwrap_or(TEXT_PLAIN)
     }
 
-    /// All headers.
+    /// All headers that were set.
     pub fn headers(&self) -> &Headers {
         &self.headers
     }
 
-    /// The value of a header.
+    /// The value of a header, whose name is case-sensitive.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)
     }
@@ -168,7 +177,8 @@ impl From<Reply> for Response {
     }
 }
 
-/// What a call is answered with.
+/// What a call is answered with, from whatever server there is: nothing in it is checked. With the
+/// feature `json`, it has a method that reads its body.
 ///
 /// ```no_run
 /// let client = fibrpc::Client::new("amqp://localhost")?;
@@ -180,16 +190,17 @@ impl From<Reply> for Response {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Reply {
-    /// The body: any bytes. An empty reply is a reply.
+    /// The body: any bytes; it may be empty.
     pub body: Vec<u8>,
-    /// What the body is, if the server has said so.
+    /// What the body is, if the server has said so. A fibrpc server says `text/plain` unless its
+    /// handler says otherwise.
     pub content_type: Option<String>,
-    /// What else the server has said.
+    /// What else the server has said, as far as it can be shown as text.
     pub headers: Headers,
 }
 
 impl Reply {
-    /// The value of a header.
+    /// The value of a header, whose name is case-sensitive.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)
     }
@@ -223,6 +234,9 @@ impl Reply {
 /// [`INVALID_ARGUMENT`](RemoteError::INVALID_ARGUMENT), [`INTERNAL`](RemoteError::INTERNAL), and
 /// `unknown` for what is no text.
 ///
+/// It travels as a reply with the header `x-error-kind` and the message as its body, so a client in
+/// another language can send and read one; what such a server has sent is shown as it is.
+///
 /// ```
 /// use fibrpc::{HandlerError, RemoteError, Request};
 ///
@@ -255,8 +269,8 @@ impl RemoteError {
     /// [`RemoteError`].
     pub const INTERNAL: &'static str = "internal";
 
-    /// An error of a kind of your own. A kind that is not one (see above) is sent as `internal`,
-    /// and the server's log says so.
+    /// An error of a kind of your own. A kind that is not one (see [`RemoteError`]) is sent as
+    /// `internal`, and the server's log says so; it is kept as it is until then.
     pub fn new(kind: impl Into<String>, message: impl Into<String>) -> RemoteError {
         RemoteError {
             kind: kind.into(),
@@ -264,22 +278,38 @@ impl RemoteError {
         }
     }
 
-    /// The request does not say what the handler needs.
+    /// The request does not say what the handler needs: kind `invalid-argument`.
+    ///
+    /// ```
+    /// use fibrpc::{HandlerError, RemoteError, Request};
+    ///
+    /// fn double(request: &Request) -> Result<String, HandlerError> {
+    ///     let text = str::from_utf8(request.body())?;
+    ///     let number: u32 = text
+    ///         .parse()
+    ///         .map_err(|_| RemoteError::invalid_argument(format!("'{text}' is not a number")))?;
+    ///     Ok((2 * u64::from(number)).to_string())
+    /// }
+    ///
+    /// assert_eq!(double(&Request::new("21")).unwrap(), "42");
+    /// assert!(double(&Request::new("many")).unwrap_err().is::<RemoteError>());
+    /// ```
     pub fn invalid_argument(message: impl Into<String>) -> RemoteError {
         RemoteError::new(RemoteError::INVALID_ARGUMENT, message)
     }
 
-    /// The handler failed.
+    /// The handler failed: kind `internal`, which every error has that is no [`RemoteError`].
     pub fn internal(message: impl Into<String>) -> RemoteError {
         RemoteError::new(RemoteError::INTERNAL, message)
     }
 
-    /// The kind, as in the header `x-error-kind`.
+    /// The kind, as in the header `x-error-kind`. From a server that is not ours it may be any
+    /// text.
     pub fn kind(&self) -> &str {
         &self.kind
     }
 
-    /// One readable sentence.
+    /// One readable sentence, without the kind; [`Display`](fmt::Display) gives both.
     pub fn message(&self) -> &str {
         &self.message
     }
@@ -341,7 +371,24 @@ impl fmt::Display for RemoteError {
 impl StdError for RemoteError {}
 
 /// The error that a handler returns: any error, by `?`. Its caller gets a [`RemoteError`] as it is,
-/// and any other as one of kind `internal`.
+/// and any other as one of kind `internal`, whose message is what the error and its causes say. So
+/// what is not for the caller's eyes does not belong into an error's text.
+///
+/// An [`Error`](crate::Error) of a call to another server is one of the others, even if it is
+/// [`Error::Remote`](crate::Error::Remote): to pass that on as it is, return what is in it.
+///
+/// ```no_run
+/// use fibrpc::{Client, Error, HandlerError, RemoteError, Reply, Request};
+///
+/// fn ask_behind(client: &Client, request: &Request) -> Result<Reply, HandlerError> {
+///     match client.call("behind", request.body()) {
+///         Ok(reply) => Ok(reply),
+///         Err(Error::Remote(error)) => Err(error.into()), // of the same kind
+///         Err(Error::Timeout { .. }) => Err(RemoteError::new("too-late", "nobody behind").into()),
+///         Err(other) => Err(other.into()), // `internal`
+///     }
+/// }
+/// ```
 pub type HandlerError = Box<dyn StdError + Send + Sync>;
 
 /// Where a reply goes and how its receiver recognizes it: the routing key, and the request's

@@ -15,6 +15,7 @@ mod worker; // the threads that run the handler
 use crate::amqp::endpoint::{Endpoints, InvalidUrl};
 use crate::amqp::queue::QueueType;
 use crate::amqp::sync::{Never, lock};
+use crate::amqp::time::after;
 use crate::error::Error;
 use crate::message::{HandlerError, RemoteError, Response};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -24,13 +25,17 @@ use std::fmt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
-use supervisor::Supervisor;
+use std::time::{Duration, Instant};
+use supervisor::{Starting, Supervisor};
 use work_queue::WorkQueue;
 use worker::{Stats, Worker};
 
 /// A server that is still to be started: executes the requests of a queue with one handler, in
 /// several threads.
+///
+/// Until [`Server::start`] it holds no connection and no thread, and dropping it does nothing. Any
+/// number of servers, in any processes, can serve the same queue: the broker deals the requests
+/// out.
 ///
 /// ```no_run
 /// use fibrpc::{Request, Server};
@@ -45,8 +50,7 @@ use worker::{Stats, Worker};
 /// # Ok::<(), fibrpc::Error>(())
 /// ```
 ///
-/// Requests must be idempotent: one that was executed by a server that died before its
-/// acknowledgement is executed again.
+/// Handlers must be idempotent; [`Server::start`] says why, and how.
 #[must_use = "a server does nothing until it is started"]
 pub struct Server {
     options: Options,
@@ -60,7 +64,16 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidUrl`].
+    /// [`Error::InvalidUrl`]: a URL cannot be used.
+    ///
+    /// ```
+    /// use fibrpc::{Error, Server};
+    ///
+    /// let server = Server::new("amqp://app:secret@a.example,amqp://app:secret@b.example")?;
+    /// let server = server.queue("shout").workers(4); // to be started
+    /// assert!(matches!(Server::new("localhost"), Err(Error::InvalidUrl(_))));
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn new<B>(brokers: B) -> Result<Server, Error>
     where
         B: TryInto<Endpoints>,
@@ -75,7 +88,9 @@ impl Server {
         })
     }
 
-    /// The request queue: a name of 1 to 255 bytes. Default: `rpc_queue`.
+    /// The request queue: a name of 1 to 255 bytes, which [`Server::start`] checks. Names that
+    /// begin with `amq.` are the broker's own. Default: `rpc_queue`.
+    /// Source: <https://www.rabbitmq.com/docs/queues>.
     pub fn queue(mut self, queue: impl Into<String>) -> Server {
         self.options.queue = queue.into();
         self
@@ -88,53 +103,122 @@ impl Server {
         self
     }
 
-    /// How many requests are executed at the same time, each in a thread of its own; at least 1.
-    /// Default: the number of CPUs.
+    /// How many requests are executed at the same time; at least 1. Each worker is a thread, and
+    /// has a channel of its own, of which RabbitMQ gives a connection 2047 unless configured
+    /// otherwise. A handler that mostly waits can do with many more than there are CPUs. Default:
+    /// the number of CPUs. Source: <https://www.rabbitmq.com/docs/channels>.
     pub fn workers(mut self, workers: usize) -> Server {
         self.options.workers = workers;
         self
     }
 
-    /// How many requests the broker may give a worker ahead of its acknowledgements; at least 1.
-    /// Default: 1, so that a request never waits for a busy worker while another is free.
+    /// How many requests the broker may give the server for each worker, the one being executed
+    /// included; at least 1. More saves a fast handler the wait for the next request; but what
+    /// waits here for a worker cannot go to another server that has a free one. Default: 1.
+    /// Source: <https://www.rabbitmq.com/docs/consumer-prefetch>.
     pub fn prefetch(mut self, prefetch: u16) -> Server {
         self.options.prefetch = prefetch;
         self
     }
 
-    /// How long [`Server::start`] tries for the first connection. A server that has been connected
-    /// once tries again for ever. Default: 10 s.
+    /// How long [`Server::start`] tries for the first connection, all brokers together. A server
+    /// that has been connected once tries again for ever. Default: 10 s.
     pub fn connect_timeout(mut self, timeout: Duration) -> Server {
         self.options.connect_timeout = timeout;
         self
     }
 
-    /// How long requests being executed may take to finish once the server is told to stop.
-    /// Default: 30 s.
+    /// How long requests being executed may take to finish once the server is told to stop; then
+    /// their threads are left behind. Default: 30 s.
     pub fn drain_timeout(mut self, timeout: Duration) -> Server {
         self.options.drain_timeout = timeout;
         self
     }
 
     /// A handle that stops the server, and also ends a [`Server::start`] that is still connecting.
+    ///
+    /// ```no_run
+    /// # use fibrpc::{Error, Request, Server};
+    /// let server = Server::new("amqp://localhost")?;
+    /// let stopper = server.stopper();
+    /// std::thread::spawn(move || stopper.stop()); // when it takes too long, for example
+    /// match server.start(|request: &Request| Ok(request.body().to_vec())) {
+    ///     Ok(serving) => drop(serving.wait()),
+    ///     Err(Error::Stopped) => println!("stopped while it was connecting"),
+    ///     Err(other) => println!("{other}"),
+    /// }
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn stopper(&self) -> Stopper {
         self.stopper.clone()
     }
 
     /// Starts the server; returns when every worker consumes.
     ///
-    /// The handler runs in several threads at once. It answers bytes, a text, or a [`Response`]; or
-    /// any error by `?`. A handler that panics answers with an `internal` error. One that blocks
-    /// keeps its worker, and nothing else, from going on. A request whose caller has given up
-    /// before a worker was free is not begun, and is acknowledged.
+    /// Blocks for at most the [connect timeout](Server::connect_timeout), in which it tries again
+    /// and again; for up to 30 s more if a broker lets us in and is then slow to answer.
+    ///
+    /// **After the first start, the server reconnects by itself, for ever**: it waits 0.1 s between
+    /// attempts, doubling to 5 s. If the queue was deleted, it declares it again.
+    ///
+    /// # The handler
+    ///
+    /// It runs in several threads at once, one for each worker, all by the same reference. It
+    /// answers whatever is [`Into`] a [`Response`], such as bytes or a text; or any error by `?`,
+    /// see [`HandlerError`]. A closure has to name the type of its argument, `|request: &Request|`.
+    ///
+    /// **One that panics** answers with an error of kind `internal` that holds the panic's message,
+    /// and its worker goes on. A program built with `panic = "abort"` ends instead.
+    ///
+    /// **One that blocks** keeps its own worker, and nothing else, from going on; no timeout ends
+    /// it. After 30 minutes, unless configured otherwise, RabbitMQ closes the channel: the server
+    /// reconnects, and every request that it has begun is delivered again.
+    /// Source: <https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout>.
+    ///
+    /// **It must be idempotent**: executing a request twice must do what executing it once does. A
+    /// request is acknowledged after its reply was sent, so one that was begun when the server or
+    /// the connection died is delivered again, to this server or another, with
+    /// [`Request::redelivered`] set. A client that lost its connection sends again, too
+    /// ([`Retry`](crate::Retry)); to the broker that is a new message, and `redelivered` is not
+    /// set. What all of them have in common is [`Request::correlation_id`]: keep it with what was
+    /// done, in the same transaction, and answer from there if it comes again.
+    /// Source: <https://www.rabbitmq.com/docs/confirms#automatic-requeueing>.
+    ///
+    /// A request whose caller has given up before a worker was free is not begun, and is
+    /// acknowledged. Nor is one without `reply_to`, since nobody could be answered.
     ///
     /// # Errors
     ///
-    /// [`Error::Unreachable`]: no connection within the connect timeout.
-    /// [`Error::QueueRefused`]: the broker does not let us have the queue.
-    /// [`Error::InvalidArgument`]: the queue's name is empty or longer than 255 bytes, there are no
-    /// workers or no prefetch, or the operating system has no thread to spare.
-    /// [`Error::Stopped`]: a [`Stopper`] was quicker.
+    /// - [`Error::Unreachable`]: within the connect timeout, no broker could be reached, or the one
+    ///   that was did not give us a consumer for each worker.
+    /// - [`Error::QueueRefused`]: the broker does not let us have the queue. Told at once.
+    /// - [`Error::InvalidArgument`]: the queue's name is empty or longer than 255 bytes, there are
+    ///   no workers or no prefetch, or the operating system has no thread to spare.
+    /// - [`Error::ConnectionLost`]: a thread of the server has panicked, which is a bug of ours.
+    /// - [`Error::Stopped`]: a [`Stopper`] was quicker.
+    ///
+    /// ```no_run
+    /// use fibrpc::{HandlerError, Request, Server};
+    /// use std::collections::HashMap;
+    /// use std::sync::Mutex;
+    ///
+    /// // In earnest a table in a database, with the balance.
+    /// let done: Mutex<HashMap<Vec<u8>, String>> = Mutex::default();
+    ///
+    /// let withdraw = move |request: &Request| -> Result<String, HandlerError> {
+    ///     let id = request.correlation_id().ok_or("a withdrawal needs a correlation id")?;
+    ///     let mut done = done.lock().map_err(|_| "a withdrawal has panicked")?;
+    ///     if let Some(receipt) = done.get(id) {
+    ///         return Ok(receipt.clone()); // the second time
+    ///     }
+    ///     let receipt = format!("withdrew {}", str::from_utf8(request.body())?);
+    ///     done.insert(id.to_vec(), receipt.clone());
+    ///     Ok(receipt)
+    /// };
+    /// let serving = Server::new("amqp://localhost")?.queue("withdraw").start(withdraw)?;
+    /// serving.wait()?; // until it is stopped
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     pub fn start<H, R>(self, handler: H) -> Result<Serving, Error>
     where
         H: Fn(&Request) -> Result<R, HandlerError> + Send + Sync + 'static,
@@ -152,14 +236,18 @@ impl Server {
             queue: Arc::new(WorkQueue::new(events)),
             stats: Arc::default(),
         });
-        let (starting, started) = bounded(0);
+        let give_up_at = after(Instant::now(), self.options.connect_timeout);
+        let (waiting, started) = bounded(0);
         let supervisor = Supervisor {
             options: self.options,
             queue: Arc::clone(&worker.queue),
             stats: Arc::clone(&worker.stats),
             told,
             stop: self.stop,
-            starting: Some(starting),
+            starting: Some(Starting {
+                give_up_at,
+                _waiting: waiting,
+            }),
             number: 0,
         };
         start_workers(&worker, supervisor.options.workers)?;
@@ -217,8 +305,22 @@ impl fmt::Debug for Server {
 
 /// A server that has started. Made by [`Server::start`].
 ///
-/// It serves until it is stopped, and connects again whenever it has to. Dropping it stops it, as
-/// [`Serving::stop`] does, and so blocks for at most the drain timeout.
+/// It serves until it is stopped, and connects again whenever it has to. Keep it: dropping it stops
+/// the server, as [`Serving::stop`] does, and blocks for as long; an error is only logged then. It
+/// is [`Send`] and [`Sync`].
+///
+/// ```no_run
+/// use fibrpc::{Request, Server};
+/// use std::{thread, time::Duration};
+///
+/// let serving = Server::new("amqp://localhost")?
+///     .queue("shout")
+///     .start(|request: &Request| Ok(request.body().to_ascii_uppercase()))?;
+/// thread::sleep(Duration::from_secs(60));
+/// println!("{} so far", serving.stats().answered);
+/// drop(serving); // takes no more requests, answers what it has begun
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[must_use = "a server that is dropped stops"]
 pub struct Serving {
     stopper: Stopper,
@@ -231,16 +333,37 @@ impl Serving {
     /// Stops the server: takes no more requests, answers what it has begun, and gives the rest back
     /// to the broker.
     ///
+    /// Blocks for at most the [drain timeout](Server::drain_timeout); for up to 30 s in its place
+    /// if a new connection is just being set up with a broker that does not answer. Without a
+    /// connection, or once it is lost, it does not wait for handlers, since nothing can be
+    /// answered: their threads are left behind, and the broker delivers their requests again.
+    ///
     /// # Errors
     ///
-    /// [`Error::DrainTimeout`]: some handlers did not return in time; their threads are left
-    /// behind, and the broker gives their requests to another server.
+    /// - [`Error::DrainTimeout`]: some handlers did not return in time. Their threads are left
+    ///   behind to run on, and the broker gives their requests to another server.
+    /// - [`Error::InvalidArgument`]: the server had ended by itself before, because the operating
+    ///   system had no thread to spare for connecting again.
+    /// - [`Error::ConnectionLost`]: a thread of the server has panicked, which is a bug of ours.
+    ///
+    /// ```no_run
+    /// # use fibrpc::{Error, Request, Server};
+    /// let serving = Server::new("amqp://localhost")?
+    ///     .start(|request: &Request| Ok(request.body().to_vec()))?;
+    /// match serving.stop() {
+    ///     Ok(stats) => println!("{} answered, {} refused", stats.answered, stats.refused),
+    ///     Err(Error::DrainTimeout { workers, .. }) => println!("{workers} are still at work"),
+    ///     Err(other) => println!("{other}"),
+    /// }
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn stop(self) -> Result<ServerStats, Error> {
         self.stopper.stop();
         self.wait()
     }
 
-    /// Serves until a [`Stopper`] stops the server.
+    /// Serves until a [`Stopper`] stops the server, then drains as of [`Serving::stop`]. Blocks for
+    /// as long as that takes; without a stopper, for ever. [`Serving::stopper`] has an example.
     ///
     /// # Errors
     ///
@@ -267,7 +390,7 @@ impl Serving {
         self.stopper.clone()
     }
 
-    /// What the server has done so far.
+    /// What the server has done so far. Does not block.
     pub fn stats(&self) -> ServerStats {
         let stats = &self.stats;
         ServerStats {
@@ -306,13 +429,27 @@ impl fmt::Debug for Serving {
     }
 }
 
-/// Stops a server, from any thread. Dropping it does nothing. Made by [`Server::stopper`] and
-/// [`Serving::stopper`].
+/// Stops a server, from any thread. Made by [`Server::stopper`] and [`Serving::stopper`], which has
+/// an example. Dropping it does nothing; a clone stops the same server.
+///
+/// ```no_run
+/// # let server = fibrpc::Server::new("amqp://localhost")?;
+/// let stopper = server.stopper();
+/// let serving = server.start(|request: &fibrpc::Request| Ok(request.body().to_vec()))?;
+/// let timer = std::thread::spawn(move || {
+///     std::thread::sleep(std::time::Duration::from_secs(60));
+///     stopper.stop();
+/// });
+/// let stats = serving.wait()?; // a minute, and the drain
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Stopper(Arc<Mutex<Option<Sender<Never>>>>);
 
 impl Stopper {
-    /// Tells the server to stop, and returns at once. Told again, it does nothing.
+    /// Tells the server to stop, and returns at once; [`Serving::wait`] tells when it has. Told
+    /// again, it does nothing. It takes a lock, so call it from a thread that has been told of a
+    /// signal, and not from a signal handler.
     pub fn stop(&self) {
         // The supervisor sees that its receiver is disconnected.
         drop(lock(&self.0).take());
@@ -325,18 +462,28 @@ impl fmt::Debug for Stopper {
     }
 }
 
-/// What a server has done so far.
+/// What a server has done so far. Made by [`Serving::stats`], [`Serving::stop`] and
+/// [`Serving::wait`].
+///
+/// ```no_run
+/// # use fibrpc::{Request, Server};
+/// let serving = Server::new("amqp://localhost")?
+///     .start(|request: &Request| Ok(request.body().to_vec()))?;
+/// let stats = serving.stop()?;
+/// println!("{} of {} refused", stats.refused, stats.answered + stats.refused);
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct ServerStats {
-    /// Requests answered with a result.
+    /// Requests answered with a result, counted when the handler has returned.
     pub answered: u64,
-    /// Requests answered with an error.
+    /// Requests answered with an error, a panic included, counted when the handler has returned.
     pub refused: u64,
     /// Requests whose caller had given up before a worker was free: acknowledged, not executed.
     pub expired: u64,
     /// Requests without `reply_to`, which nobody can be answered: acknowledged, not executed.
     pub unanswerable: u64,
-    /// Connections on which every worker has consumed.
+    /// Connections on which every worker has consumed. The first is one, too.
     pub connections: u64,
 }

@@ -9,7 +9,8 @@ use crate::error::Error;
 use crate::message;
 use std::time::{Duration, Instant};
 
-/// What a broker says of itself and of a request queue.
+/// What a broker says of itself and of a request queue: for a health check. It says whether
+/// somebody consumes the queue, not whether requests are answered.
 ///
 /// ```no_run
 /// use fibrpc::Status;
@@ -19,32 +20,39 @@ use std::time::{Duration, Instant};
 /// println!("{}, answers in {:?}", status.broker, status.round_trip);
 /// match status.queue {
 ///     Some(queue) => println!("{} workers, {} requests wait", queue.consumers, queue.ready),
-///     None => println!("no server has ever been there"),
+///     None => println!("no server has declared the queue"),
 /// }
 /// # Ok::<(), fibrpc::Error>(())
 /// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Status {
-    /// The product and its version, such as `RabbitMQ 3.10.8`.
+    /// The product and its version, such as `RabbitMQ 3.10.8`; `unknown` for what it does not say.
     pub broker: String,
-    /// The name of the cluster, which unless configured is that of its first node.
+    /// The name of the cluster, which unless configured is that of its first node; `unknown` if it
+    /// does not say.
     pub node: String,
-    /// The connection's name in the broker's own list: our address, and its.
+    /// The connection's name in the broker's own list: our address, and its. The connection is
+    /// closed by now.
     pub connection: String,
     /// The request queue; `None` if it does not exist.
     pub queue: Option<QueueStatus>,
-    /// How long the broker takes to answer.
+    /// How long the broker took to answer one question on the open connection.
     pub round_trip: Duration,
 }
 
 impl Status {
-    /// Asks the first of the brokers that answers, on a connection of its own.
+    /// Asks the first of the brokers that answers, on a connection of its own, which it closes
+    /// again. Blocks for at most `timeout`, and 0.2 s to close. [`Status`] has an example.
     ///
     /// # Errors
     ///
-    /// [`Error::Unreachable`] if none does within `timeout`; [`Error::QueueRefused`] if we may not
-    /// know of the queue; [`Error::ConnectionLost`].
+    /// - [`Error::Unreachable`]: no broker could be reached within `timeout`.
+    /// - [`Error::QueueRefused`]: we may not know of the queue (403), or it is another connection's
+    ///   own (405).
+    /// - [`Error::ConnectionLost`]: the connection was lost, or `timeout` passed while it was
+    ///   asked.
+    /// - [`Error::InvalidArgument`]: the queue's name is empty or longer than 255 bytes.
     pub fn of(endpoints: &Endpoints, queue: &str, timeout: Duration) -> Result<Status, Error> {
         message::check_queue_name(queue).map_err(Error::InvalidArgument)?;
         let deadline = after(Instant::now(), timeout);

@@ -278,6 +278,64 @@ fn a_request_has_a_deadline_of_its_own_which_says_what_was_waited_for() {
 }
 
 #[test]
+fn an_answer_that_came_in_time_is_one_however_late_its_caller_looks() {
+    let queue = unique("late");
+    let _serving = serve(&queue, 2, |request| {
+        if request.body() == b"slow" {
+            thread::sleep(Duration::from_millis(1500));
+        }
+        Ok(())
+    });
+    let client = client();
+    let second = Duration::from_secs(1);
+    let mut calls = client.calls();
+    for body in ["quick", "slow"] {
+        calls.submit(body, client.request(&queue).body(body).timeout(second));
+    }
+    thread::sleep(2 * second);
+    // Both are there, and one came too late.
+    let now = Instant::now();
+    while let Some(answer) = calls.next_before(now) {
+        match answer.result {
+            Ok(_) => assert_eq!(answer.key, "quick"),
+            Err(Error::Timeout { .. }) => assert_eq!(answer.key, "slow"),
+            Err(other) => panic!("{other}"),
+        }
+        if answer.key == "quick" {
+            assert!(answer.latency < second, "{:?}", answer.latency);
+        }
+    }
+    assert!(calls.is_empty());
+}
+
+#[test]
+fn many_calls_of_a_slow_iterator_are_answered_while_it_takes_its_time() {
+    const CALLS: u64 = 30;
+    let queue = unique("slow-iterator");
+    let _serving = serve(&queue, 2, echo);
+    let client = client();
+    let asked = std::cell::Cell::new(0);
+    let requests = (0..CALLS).map(|number| {
+        asked.set(asked.get() + 1);
+        thread::sleep(Duration::from_millis(50));
+        let request = client.request(&queue).body(number.to_string());
+        request.timeout(Duration::from_secs(1))
+    });
+    let mut given = 0;
+    for answer in client.call_many(requests, 64) {
+        assert_eq!(
+            answer.result.unwrap().body,
+            answer.key.to_string().as_bytes()
+        );
+        given += 1;
+        if given == 1 {
+            assert!(asked.get() < CALLS, "the first was given out at the end");
+        }
+    }
+    assert_eq!(given, CALLS);
+}
+
+#[test]
 fn calls_that_time_out_tell_each_of_its_own_queue() {
     let (busy, idle) = (unique("busy"), unique("idle"));
     let (open, wait) = gate();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a round trip on a live connection may take: opening a channel, declaring a queue.
-/// Longer than two heartbeats, so that a dead broker is found out as that.
+/// Longer than two of the default heartbeats, so that a dead broker is found out as that.
 pub(crate) const SETUP_TIME: Duration = Duration::from_secs(30);
 
 /// A channel.

@@ -15,13 +15,28 @@ const HEARTBEAT_SECONDS: u16 = 10;
 /// One or more brokers of the same cluster, tried in turn: `amqp://user:password@host:port/vhost`,
 /// several separated by commas.
 ///
-/// Everything but the scheme may be left out: the user and password are `guest`, the host
-/// `localhost`, the port 5672, the virtual host `/`. In a user, password or virtual host, write
-/// `/` as `%2f` and so on. There are two parameters: `heartbeat`, in seconds, and
-/// `auth_mechanism`, `plain` or `external`. `amqps://` is TLS, by default on port 5671.
-/// Source: <https://www.rabbitmq.com/docs/uri-spec>.
+/// [`Client::new`](crate::Client::new) and [`Server::new`](crate::Server::new) take a text in its
+/// place; it is for options that a URL cannot hold, and for [`Status::of`](crate::Status::of).
 ///
-/// Printed, it shows no password.
+/// Everything but the scheme may be left out:
+///
+/// - the user and the password: `guest`, each by itself
+/// - the host, a name, an IPv4 address, or an IPv6 address in `[]`: `localhost`
+/// - the port: 5672, or 5671 for `amqps`
+/// - the virtual host: `/`, also if the URL ends with a `/`
+/// - `?heartbeat=`, in seconds, 1 to 65535: 10. The broker may want fewer. One that is silent for
+///   twice that is given up.
+/// - `&auth_mechanism=`: `plain`; with `external`, the client's certificate is the user, and not
+///   user and password
+///
+/// The scheme `amqps` is TLS, and needs the feature `tls`.
+///
+/// In a user, password or virtual host, `/ ? # ,` are written `%2f %3f %23 %2c`, or the URL is
+/// refused. `%` is written `%25`; in a user, `:` is `%3a`; in a virtual host, `@` is `%40`.
+/// Sources: <https://www.rabbitmq.com/docs/uri-spec>, <https://www.rabbitmq.com/docs/heartbeats>.
+///
+/// The brokers are tried from the first on at each attempt to connect; each gets an equal share of
+/// the time. Printed, they show no password.
 ///
 /// ```
 /// let brokers: fibrpc::Endpoints = "amqp://app:secret@a.example,amqp://app:secret@b.example".parse()?;
@@ -29,6 +44,9 @@ const HEARTBEAT_SECONDS: u16 = 10;
 ///     brokers.to_string(),
 ///     "amqp://app@a.example:5672/%2F,amqp://app@b.example:5672/%2F"
 /// );
+///
+/// let brokers: fibrpc::Endpoints = "amqp://ada%2fb:p%3fss%2cword@broker.example/shop".parse()?;
+/// assert_eq!(brokers.to_string(), "amqp://ada%2Fb@broker.example:5672/shop");
 /// # Ok::<(), fibrpc::Error>(())
 /// ```
 #[derive(Clone, PartialEq, Eq)]
@@ -54,6 +72,16 @@ pub(super) struct Endpoint {
 
 /// A broker's URL that cannot be used. The text says which part of it, and what is expected; it
 /// holds no password.
+///
+/// ```
+/// use fibrpc::Endpoints;
+///
+/// let error = "amqp://localhost?heartbeat=0".parse::<Endpoints>().unwrap_err();
+/// assert_eq!(
+///     error.to_string(),
+///     "invalid broker URL: heartbeat=0: expected 1 to 65535 seconds"
+/// );
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidUrl(String);
 
@@ -72,6 +100,7 @@ impl From<Infallible> for InvalidUrl {
     }
 }
 
+/// `amqp://localhost`: guest, on port 5672, virtual host `/`.
 impl Default for Endpoints {
     fn default() -> Endpoints {
         Endpoints::new(vec![Endpoint::default()])
@@ -87,8 +116,17 @@ impl Endpoints {
         }
     }
 
-    /// Says how brokers at `amqps://` are trusted, and how they are to trust us. Default: as
-    /// [`TlsOptions::default`].
+    /// Says how brokers at `amqps://` are trusted, and how they are to trust us; to those at
+    /// `amqp://` it means nothing. With the feature `tls`. Default: as [`TlsOptions::new`].
+    ///
+    /// ```
+    /// use fibrpc::{Client, Endpoints, TlsOptions};
+    ///
+    /// let brokers: Endpoints = "amqps://app:secret@broker.example".parse()?;
+    /// let brokers = brokers.with_tls(TlsOptions::new().ca_file("/etc/app/broker-ca.pem"));
+    /// let client = Client::new(&brokers)?;
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     #[cfg(feature = "tls")]
     pub fn with_tls(self, tls: TlsOptions) -> Endpoints {
         Endpoints { tls, ..self }
@@ -113,9 +151,24 @@ impl Default for Endpoint {
 impl FromStr for Endpoints {
     type Err = InvalidUrl;
 
+    /// Reads URLs that commas separate, with blanks around them or not. Resolves no name.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidUrl`]: one of them is empty, is no URL, has another scheme than `amqp` or `amqps`
+    /// (without the feature `tls`: than `amqp`), an unknown parameter or value, a `#`, or a part
+    /// that cannot be decoded.
     fn from_str(urls: &str) -> Result<Endpoints, InvalidUrl> {
-        let endpoints: Result<Vec<_>, _> =
-            urls.split(',').map(|url| parse_url(url.trim())).collect();
+        let endpoints: Result<Vec<_>, _> = urls
+            .split(',')
+            .enumerate()
+            .map(|(index, url)| {
+                parse_url(url.trim()).map_err(|error| match index {
+                    0 => error,
+                    _ => format!("{error} ({COMMA})"),
+                })
+            })
+            .collect();
         endpoints.map(Endpoints::new).map_err(InvalidUrl)
     }
 }
@@ -151,11 +204,28 @@ impl From<&Endpoints> for Endpoints {
     }
 }
 
-/// Parses one URL. No message repeats the URL, which may hold a password.
+/// What may be wrong with a URL behind a comma.
+const COMMA: &str = "it stands behind a ','; one that belongs to a password is written %2c";
+
+/// Parses one URL. No message repeats what may be a password, or a part of one that is not encoded
+/// as it should be.
 fn parse_url(text: &str) -> Result<Endpoint, String> {
     const EXAMPLE: &str = "expected something like amqp://user:password@host:5672/vhost";
     if text.is_empty() {
         return Err(format!("it is empty; {EXAMPLE}"));
+    }
+    let Some((_, rest)) = text.split_once("://") else {
+        return Err(format!("it has no '://'; {EXAMPLE}"));
+    };
+    // To every reader of URLs, the first of these ends the part with the password.
+    if let Some(end) = rest.find(['/', '?', '#'])
+        && rest[end..].contains('@')
+    {
+        return Err(
+            "there is an '@' behind a '/', '?' or '#'; in a user or password, write '/' as %2f, \
+             '?' as %3f and '#' as %23, and elsewhere '@' as %40"
+                .to_owned(),
+        );
     }
     let url = Url::parse(text).map_err(|error| format!("{error}; {EXAMPLE}"))?;
     let mut endpoint = Endpoint::default();
@@ -166,11 +236,14 @@ fn parse_url(text: &str) -> Result<Endpoint, String> {
             endpoint.port = 5671;
         }
         "amqps" => return Err("amqps:// needs TLS, which this build does not have".to_owned()),
-        other => {
+        _ => {
             return Err(format!(
-                "the scheme is '{other}', not 'amqp' or 'amqps'; {EXAMPLE}"
+                "the scheme is neither 'amqp' nor 'amqps'; {EXAMPLE}"
             ));
         }
+    }
+    if url.fragment().is_some() {
+        return Err("there is a '#' in it; in a password, it is written %23".to_owned());
     }
     // For a scheme it does not know, the parser leaves host names as they are, IP addresses
     // included.
@@ -324,8 +397,18 @@ mod tests {
     fn an_error_names_the_part_and_never_the_password() {
         for (url, part) in [
             ("", "empty"),
-            ("localhost", "relative URL"),
-            ("http://u:hunter2@h/", "scheme is 'http'"),
+            ("localhost", "no '://'"),
+            ("amqp:u:hunter2@h", "no '://'"),
+            ("amqp:/u:hunter2@h", "no '://'"),
+            ("amqp://u:/hunter2@h", "'/' as %2f"),
+            ("amqp://u:12/hun/ter2@h", "'/' as %2f"),
+            ("amqp://u:12?hunter2@h", "'?' as %3f"),
+            ("amqp://u:12#hunter2@h", "'#' as %23"),
+            ("amqp://u@h?heartbeat=hunter2@h", "'?' as %3f"),
+            ("amqp://h#hunter2", "written %23"),
+            ("amqp://u:1,hunter2:x@h", "written %2c"),
+            ("amqp://u:1,hunter2://x@h", "written %2c"),
+            ("http://u:hunter2@h/", "the scheme is neither"),
             ("amqp://u:hunter2@h:99999/", "port"),
             ("amqp://u:hunter2@h/a/b", "virtual host 'a/b'"),
             ("amqp://u:hunter2@h/%ff", "virtual host"),

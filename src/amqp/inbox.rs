@@ -28,7 +28,7 @@ const READ_LEN: usize = 64 << 10;
 const BUFFER_KEPT_MAX: usize = 1 << 20;
 
 /// How long a leader blocks at most before it looks around.
-const READ_TIME_MAX: Duration = Duration::from_millis(250);
+pub(crate) const READ_TIME_MAX: Duration = Duration::from_millis(250);
 
 /// How often amiquip gets a sign of life, at most. It counts what it reads as that, and gives a
 /// broker up that is silent for two heartbeats; but a busy broker sends no heartbeats, and what it

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 /// Beyond it lie the kernel's socket buffers, a few MiB more.
 const BACKLOG_MAX: usize = 1 << 20;
 
-/// How much may be appended before it is sent in any case, in bytes.
-const APPENDED_MAX: usize = 16 << 10;
+/// How much is worth a write of its own, in bytes.
+pub(crate) const APPENDED_MAX: usize = 16 << 10;
 
 /// A buffer that a large message has grown beyond this is given back, in bytes.
 const BUFFER_KEPT_MAX: usize = 1 << 20;
@@ -93,8 +93,8 @@ impl Outbox {
         self.writable.as_raw_fd()
     }
 
-    /// Sends the frames that `encode` appends, or leaves them to the thread that is writing.
-    /// Never blocks.
+    /// Sends the frames that `encode` appends, or leaves them to the thread that is writing. Does
+    /// not wait for room.
     ///
     /// # Errors
     ///
@@ -104,19 +104,17 @@ impl Outbox {
         self.push(state, encode).map_err(|Down| NotSent::Down)
     }
 
-    /// Takes the frames that `encode` appends, to leave with whatever is sent next; the caller
-    /// sees to it that something is, by [`Outbox::flush`] at the latest.
+    /// Takes the frames that `encode` appends, to leave with whatever is sent next, and writes
+    /// nothing. The caller sees to it that something is sent, by [`Outbox::flush`] at the latest:
+    /// at once, if this returns that enough has been appended.
     ///
     /// # Errors
     ///
     /// As of [`Outbox::try_send`].
-    pub fn try_append(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), NotSent> {
+    pub fn try_append(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<bool, NotSent> {
         let mut state = self.lock_with_room()?;
         encode(&mut state.queue);
-        if state.queue.len() >= APPENDED_MAX {
-            return self.push(state, |_| {}).map_err(|Down| NotSent::Down);
-        }
-        Ok(())
+        Ok(state.queue.len() >= APPENDED_MAX)
     }
 
     /// Sends what was appended.

@@ -5,16 +5,40 @@ use crate::amqp::connection::Connection;
 use crate::amqp::error::{Error, describe, reply_code};
 use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
 
-/// Which queue a server declares when there is none yet.
+/// Which queue a server declares when there is none yet. Set by
+/// [`Server::queue_type`](crate::Server::queue_type); a queue that exists is used as it is,
+/// whatever its type.
+///
+/// Whichever it is, the requests in it are messages that are not persistent. With the queue, or
+/// without it, they are lost when a classic queue's broker restarts; clients that still wait send
+/// theirs again ([`Retry`](crate::Retry)).
+/// Source: <https://www.rabbitmq.com/docs/queues#durability>.
+///
+/// ```
+/// use fibrpc::{QueueType, Server};
+///
+/// let server = Server::new("amqp://localhost")?
+///     .queue("shout")
+///     .queue_type(QueueType::Quorum); // to be started
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum QueueType {
-    /// Not durable, as in the tutorial: gone when the broker restarts.
+    /// The default: not durable, as in the tutorial, so it is gone when the broker restarts.
+    /// RabbitMQ has deprecated such queues, and one that is configured to refuse them makes
+    /// [`Server::start`](crate::Server::start) end with
+    /// [`Error::QueueRefused`](crate::Error::QueueRefused).
+    /// Source: <https://www.rabbitmq.com/release-information/deprecated-features-list>.
     #[default]
     Transient,
-    /// A durable classic queue.
+    /// A durable queue of the virtual host's default type, which is a classic one unless configured
+    /// otherwise. The queue is there again after a restart, the requests in it are not.
+    /// Source: <https://www.rabbitmq.com/docs/vhosts#default-queue-type>.
     Classic,
-    /// A replicated queue, which survives the loss of a broker.
+    /// A durable queue that a cluster's nodes replicate, requests included: it survives the loss of
+    /// a node. It costs a round of the nodes for each request, and drops one that was delivered too
+    /// often. Source: <https://www.rabbitmq.com/docs/quorum-queues>.
     Quorum,
 }
 
@@ -35,13 +59,23 @@ impl QueueType {
     }
 }
 
-/// A queue's consumers and its messages that wait for one.
+/// A queue's consumers and its messages that wait for one, at one moment. Part of
+/// [`Status`](crate::Status) and of [`WaitingFor::Answer`](crate::WaitingFor::Answer).
+///
+/// ```no_run
+/// use fibrpc::Status;
+/// use std::time::Duration;
+///
+/// let status = Status::of(&"amqp://localhost".parse()?, "shout", Duration::from_secs(5))?;
+/// let is_served = status.queue.is_some_and(|queue| queue.consumers > 0);
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct QueueStatus {
-    /// How many consumers the queue has.
+    /// How many consumers the queue has: a fibrpc server has one for each worker.
     pub consumers: u32,
-    /// How many messages are ready, not counting those given to a consumer.
+    /// How many messages are ready, not counting those given to a consumer and not acknowledged.
     pub ready: u32,
 }
 
@@ -142,6 +176,9 @@ fn on_queue(queue: &str, error: &amiquip::Error) -> Error {
 /// What it means for a queue that the broker says no; `None` if it is not about the queue.
 pub(crate) fn refusal(queue: &str, code: u16, said: &str) -> Option<Error> {
     let way_out = match code {
+        reply_code::ACCESS_REFUSED if said.contains("exclusive") => {
+            "another consumer has it for itself alone; choose another name"
+        }
         reply_code::ACCESS_REFUSED => {
             "a server needs the permissions configure, write and read, a client configure and read \
              for amq.gen-*, write for amq.default (rabbitmqctl set_permissions)"

@@ -20,9 +20,15 @@ const READ_LEN: usize = 32 << 10;
 /// How much is encrypted at a time, in bytes: four records.
 const WRITE_LEN: usize = 64 << 10;
 
-/// How a broker at `amqps://` is trusted, and how it is to trust us.
+/// How a broker at `amqps://` is trusted, and how it is to trust us. For
+/// [`Endpoints::with_tls`](crate::Endpoints::with_tls); with the feature `tls`.
 ///
-/// The files are read with every connection, so that a renewed certificate needs no restart.
+/// The broker's certificate must be valid for the host in the URL; there is no way to turn that
+/// off.
+///
+/// The files are read with every connection, so that a renewed certificate needs no restart. One
+/// that cannot be read is found out then, as [`Error::Unreachable`](crate::Error::Unreachable).
+/// Source: <https://www.rabbitmq.com/docs/ssl>.
 ///
 /// ```
 /// use fibrpc::{Endpoints, TlsOptions};
@@ -42,20 +48,22 @@ pub struct TlsOptions {
 }
 
 impl TlsOptions {
-    /// The system's certificates are trusted, and we show none of our own.
+    /// The certificates that the system trusts are trusted, and we show none of our own.
     pub fn new() -> TlsOptions {
         TlsOptions::default()
     }
 
-    /// A PEM file of the certificates that may have signed the broker's; no others are trusted
-    /// then. Default: those that the system trusts.
+    /// A PEM file of the certificates that may have signed the broker's, at least one; no others
+    /// are trusted then. Default: those that the system trusts.
     pub fn ca_file(mut self, file: impl Into<PathBuf>) -> TlsOptions {
         self.ca_file = Some(file.into());
         self
     }
 
     /// PEM files of our own certificate, with those between it and the broker's authority, and of
-    /// its private key. Default: none.
+    /// its private key. It is shown to a broker that asks for one; the user is still that of the
+    /// URL, unless that says `?auth_mechanism=external`. Default: none.
+    /// Source: <https://www.rabbitmq.com/docs/access-control>.
     pub fn client_certificate(
         mut self,
         certificate: impl Into<PathBuf>,

@@ -4,13 +4,14 @@ use crate::amqp::time::{FAR_FUTURE, after};
 use crate::client::correlation::CorrelationId;
 use crate::client::link::{Link, OutgoingRequest};
 use crate::client::options::Retry;
-use crate::client::pending::{DIAGNOSIS_TIME, Event, Outcome, Pending, Resend, Settled, Shared};
+use crate::client::pending::{DIAGNOSIS_TIME, Event, Pending, Resend, Settled, Shared};
 use crate::error::Error;
 use crate::message::Reply;
 use crate::message::headers::Headers;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fmt;
+use std::iter::Fuse;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,10 @@ const COLLECT_TIME: Duration = Duration::from_micros(500);
 
 /// A request to be sent: to which queue, and what else there is to say. Made by
 /// [`Client::request`](crate::Client::request).
+///
+/// [`RequestBuilder::send`] sends it alone, [`Calls::submit`] and
+/// [`Client::call_many`](crate::Client::call_many) send it beside others. Until then nothing is
+/// sent, and dropping it does nothing. A clone is a request of its own, so one can be a template.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -55,13 +60,18 @@ impl<'c> RequestBuilder<'c> {
         }
     }
 
-    /// The request's body. Default: empty.
+    /// The request's body: any bytes, at most 128 MiB, which is checked when it is sent; a broker
+    /// may take less (RabbitMQ 4: 16 MiB unless configured otherwise). Default: empty.
+    ///
+    /// It is for [`Calls::submit`] and [`Client::call_many`](crate::Client::call_many);
+    /// [`RequestBuilder::send`] puts its own body in place of this one.
     pub fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
         self.request.body = body.into();
         self
     }
 
-    /// What the body is: a media type of at most 255 bytes. Default: `text/plain`.
+    /// What the body is: a media type of at most 255 bytes, which is checked when it is sent.
+    /// Default: `text/plain`.
     pub fn content_type(mut self, content_type: impl Into<String>) -> Self {
         self.request.content_type = Some(content_type.into());
         self
@@ -74,30 +84,45 @@ impl<'c> RequestBuilder<'c> {
         self
     }
 
-    /// Sets a header, within the limits of [`Headers::insert`]. Default: none.
+    /// Sets a header, within the limits of [`Headers::insert`]; the same name again replaces the
+    /// value. Default: none.
     pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.request.headers.insert(name, value);
         self
     }
 
-    /// How long the call may take, everything included: connect, send, wait, reconnect. Default:
-    /// the client's.
+    /// How long the call may take from when it is sent or submitted, everything included: connect,
+    /// send, wait, reconnect. Longer than 0. Default: the client's.
+    ///
+    /// What is left of it when the request leaves is the message's `expiration`: the broker drops a
+    /// request that has waited for longer, and [`Request::time_left`](crate::Request::time_left)
+    /// tells the handler. Source: <https://www.rabbitmq.com/docs/ttl>.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// How hard the call tries. Default: as the client was told.
+    /// When the request is sent again. Default: as the client was told.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
         self
     }
 
-    /// Sends the request with this body, and waits for the reply.
+    /// Sends the request with this body, and waits for the reply. Blocks for at most the timeout.
     ///
     /// # Errors
     ///
-    /// As of [`Client::call`](crate::Client::call).
+    /// As of [`Client::call`](crate::Client::call), which lists them; and
+    /// [`Error::InvalidArgument`] also if the timeout is 0, the content type longer than 255 bytes,
+    /// or a header not within the limits of [`Headers::insert`].
+    ///
+    /// ```
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// // Found before anything is sent, so this needs no broker.
+    /// let result = client.request("shout").header("x-error-kind", "mine").send("hello");
+    /// assert!(matches!(result, Err(fibrpc::Error::InvalidArgument(_))));
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     pub fn send(self, body: impl Into<Vec<u8>>) -> Result<Reply, Error> {
         let mut calls = Calls::new(self.shared);
         calls.submit((), self.body(body));
@@ -126,23 +151,45 @@ impl fmt::Debug for RequestBuilder<'_> {
     }
 }
 
-/// How one call ended.
+/// How one call ended. Given out by [`Calls`] and [`CallMany`].
+///
+/// ```no_run
+/// let client = fibrpc::Client::new("amqp://localhost")?;
+/// let mut calls = client.calls();
+/// calls.submit(42, client.request("users").body("42"));
+/// let fibrpc::Answer { key, result, latency, .. } = calls.next().expect("one call is open");
+/// match result {
+///     Ok(reply) => println!("user {key}: {} bytes after {latency:?}", reply.body.len()),
+///     Err(error) => println!("user {key}: {error}"),
+/// }
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Answer<K> {
     /// What the call was submitted with.
     pub key: K,
-    /// The reply, or why there is none.
+    /// The reply, or why there is none: any error of [`RequestBuilder::send`].
     pub result: Result<Reply, Error>,
-    /// The time from submitting to the answer.
+    /// The time from submitting the request until its reply arrived, however late it is taken from
+    /// here; without a reply, until it was found that there is none.
     pub latency: Duration,
 }
 
-/// Calls in flight together, answered in any order. Made by [`Client::calls`](crate::Client::calls).
+/// Calls in flight together, answered in any order. Made by
+/// [`Client::calls`](crate::Client::calls).
 ///
 /// Submit some, then take answers with [`Iterator::next`], which waits, and is `None` only when no
-/// call is open. Each call has its own queue, headers and deadline. Dropping it abandons the open
-/// calls: their answers are dropped when they come.
+/// call is open; after that, more can be submitted. Each call has its own queue, headers and
+/// deadline.
+///
+/// It is for one thread, which may hand it to another; threads that call at the same time have one
+/// each, of the same client. It has no thread of its own: answers wait here, and count from when
+/// they arrived. So a caller that is away for longer than the timeout finds a reply that came in
+/// time, and [`Error::Timeout`] in place of one that did not.
+///
+/// Dropping it abandons the open calls and does not block: their answers are dropped when they
+/// come, and requests that were sent may still be executed.
 ///
 /// ```no_run
 /// let client = fibrpc::Client::new("amqp://localhost")?;
@@ -201,9 +248,14 @@ impl<'c, K> Calls<'c, K> {
     }
 
     /// Sends a request, or has it sent as soon as that can be. It does not wait for the broker to
-    /// read, and never fails: what goes wrong is the call's answer. While answers are there to be
-    /// taken, requests are collected, and leave together when the last of those is taken, or half a
-    /// millisecond has passed.
+    /// read, and never fails: what goes wrong is the call's answer. The call's time begins now.
+    ///
+    /// `key` comes back with the answer; keys need not differ. The request goes out by the client
+    /// whose calls these are, whichever client it was made by.
+    ///
+    /// While answers are there to be taken, requests are collected to leave together: when the last
+    /// of those answers is taken, or with a request that is submitted half a millisecond later or
+    /// more. Until then they stay here, so take answers without a pause.
     pub fn submit(&mut self, key: K, request: RequestBuilder<'_>) {
         let id = self.shared.ids.next();
         let submitted = Instant::now();
@@ -225,7 +277,7 @@ impl<'c, K> Calls<'c, K> {
         self.open.insert(id, call);
         self.deadlines.insert((deadline, id));
         if let Err(error) = invalid {
-            self.ready.push_back((id, Err(error)));
+            self.ready.push_back(Settled::now(id, Err(error)));
             return;
         }
         let pending = Pending {
@@ -251,32 +303,49 @@ impl<'c, K> Calls<'c, K> {
         }
     }
 
-    /// How many calls are open.
+    /// How many calls are open: submitted, and their answers not taken yet. Does not block.
     pub fn len(&self) -> usize {
         self.open.len()
     }
 
-    /// Whether no call is open.
+    /// Whether no call is open, so that there is no answer to wait for.
     pub fn is_empty(&self) -> bool {
         self.open.is_empty()
     }
 
-    /// The next answer, if one comes before `limit`.
+    /// The next answer, if one comes before `limit`: blocks until then at most. `None` at once when
+    /// no call is open, which [`Calls::is_empty`] tells.
+    ///
+    /// With a `limit` that has passed, such as `Instant::now()`, it does not wait: it gives out
+    /// what has arrived already.
+    ///
+    /// ```no_run
+    /// use std::time::{Duration, Instant};
+    ///
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// let mut calls = client.calls();
+    /// calls.submit((), client.request("shout").body("hello"));
+    /// while !calls.is_empty() {
+    ///     match calls.next_before(Instant::now() + Duration::from_millis(100)) {
+    ///         Some(answer) => println!("{:?}", answer.result),
+    ///         None => println!("still waiting for {} answers", calls.len()),
+    ///     }
+    /// }
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
     pub fn next_before(&mut self, limit: Instant) -> Option<Answer<K>> {
         loop {
-            // What was taken off the wire before is not late, however late it is taken from us.
-            if let Some((id, outcome)) = self.next_ready() {
-                match self.settle(id, outcome) {
+            if let Some(settled) = self.next_ready() {
+                match self.settle(settled) {
                     None => continue,
                     answer => return answer,
                 }
             }
-            // A deadline that has passed outranks the rest: an answer that comes now is late.
             let &(deadline, id) = self.deadlines.first()?;
             let now = Instant::now();
             if now >= deadline {
                 let error = self.time_out(id);
-                return self.settle(id, Err(error));
+                return self.settle(Settled::now(id, Err(error)));
             }
             if now >= limit {
                 return None;
@@ -323,6 +392,9 @@ impl<'c, K> Calls<'c, K> {
 
     /// The next call that has ended, if that is known already.
     fn next_ready(&mut self) -> Option<Settled> {
+        while let Ok(event) = self.told.try_recv() {
+            self.learn(event);
+        }
         let settled = self.ready.pop_front();
         // The caller may be back late.
         if self.ready.is_empty()
@@ -349,7 +421,7 @@ impl<'c, K> Calls<'c, K> {
             }
             return;
         };
-        // From before we led. While we lead, we learn of nothing but what we read.
+        // From just before we led. While we lead, we learn of nothing but what we read.
         if let Ok(event) = self.told.try_recv() {
             drop(lead);
             return self.learn(event);
@@ -369,20 +441,30 @@ impl<'c, K> Calls<'c, K> {
     /// Deals with what another thread has told us.
     fn learn(&mut self, event: Event) {
         match event {
-            Event::Settled(id, outcome) => self.ready.push_back((id, outcome)),
+            Event::Settled(settled) => self.ready.push_back(settled),
             Event::LinkUp => self.link = None,
         }
     }
 
     /// Closes one of our open calls with its outcome; `None` if it is not open any more.
-    fn settle(&mut self, id: CorrelationId, outcome: Outcome) -> Option<Answer<K>> {
+    fn settle(&mut self, settled: Settled) -> Option<Answer<K>> {
+        let Settled { id, outcome, at } = settled;
+        // A reply that came in time is an answer, however late its caller looks; one that came too
+        // late is none, however early.
+        let is_late = |call: &OpenCall<K>| outcome.is_ok() && at > call.deadline;
+        let late = self.open.get(&id).is_some_and(is_late);
+        let outcome = if late {
+            Err(self.time_out(id))
+        } else {
+            outcome
+        };
         let call = self.open.remove(&id)?;
         self.deadlines.remove(&(call.deadline, id));
         self.given = Instant::now();
         Some(Answer {
             key: call.key,
             result: outcome,
-            latency: self.given.duration_since(call.submitted),
+            latency: at.saturating_duration_since(call.submitted),
         })
     }
 }
@@ -390,6 +472,8 @@ impl<'c, K> Calls<'c, K> {
 impl<K> Iterator for Calls<'_, K> {
     type Item = Answer<K>;
 
+    /// The next answer, in the order in which they come: blocks until there is one, at most until
+    /// the earliest deadline of the open calls. `None` when no call is open.
     fn next(&mut self) -> Option<Answer<K>> {
         self.next_before(Instant::now() + FAR_FUTURE)
     }
@@ -413,10 +497,21 @@ impl<K> fmt::Debug for Calls<'_, K> {
 
 /// The answers to [`Client::call_many`](crate::Client::call_many), in the order of the requests.
 ///
-/// Dropping it abandons the calls that are open, and takes no further request.
+/// It is lazy: the first [`Iterator::next`] sends the first requests. Like [`Calls`] it is for one
+/// thread, and has no thread of its own: requests are sent while answers are asked for.
+///
+/// Dropping it abandons the calls that are open, takes no further request, and does not block.
+///
+/// ```no_run
+/// let client = fibrpc::Client::new("amqp://localhost")?;
+/// let requests = (0..1_000_000).map(|n| client.request("fib").body(format!("{n}")));
+/// let failed = client.call_many(requests, 64).filter(|answer| answer.result.is_err());
+/// println!("{} failed", failed.count());
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 pub struct CallMany<'c, I> {
     calls: Calls<'c, u64>,
-    requests: I,
+    requests: Fuse<I>,
     window: usize,
     /// The calls begun and not yet given out, in order; `None` while unanswered.
     answers: VecDeque<Option<Answer<u64>>>,
@@ -424,14 +519,22 @@ pub struct CallMany<'c, I> {
     given: u64,
 }
 
-impl<'c, I> CallMany<'c, I> {
+impl<'c, I: Iterator> CallMany<'c, I> {
     pub(crate) fn new(shared: &'c Shared, requests: I, window: usize) -> CallMany<'c, I> {
         CallMany {
             calls: Calls::new(shared),
-            requests,
+            requests: requests.fuse(),
             window: window.max(1),
             answers: VecDeque::new(),
             given: 0,
+        }
+    }
+
+    /// Keeps an answer until it is its turn.
+    fn keep(&mut self, answer: Answer<u64>) {
+        let index = usize::try_from(answer.key - self.given);
+        if let Some(place) = index.ok().and_then(|index| self.answers.get_mut(index)) {
+            *place = Some(answer);
         }
     }
 }
@@ -442,23 +545,31 @@ where
 {
     type Item = Answer<u64>;
 
+    /// The answer to the next request: takes and sends requests as far as the window allows, and
+    /// blocks until this one is answered, at most until its deadline, and for as long as the
+    /// iterator of the requests blocks. `None` when all are answered.
     fn next(&mut self) -> Option<Answer<u64>> {
         loop {
-            while self.answers.len() < self.window
+            // What is there is given out before the iterator is asked for more: it may take its
+            // time.
+            while let Some(answer) = self.calls.next_before(Instant::now()) {
+                self.keep(answer);
+            }
+            if let Some(answer) = self.answers.front_mut().and_then(Option::take) {
+                self.answers.pop_front();
+                self.given += 1;
+                return Some(answer);
+            }
+            if self.answers.len() < self.window
                 && let Some(request) = self.requests.next()
             {
                 let key = self.given + self.answers.len() as u64;
                 self.calls.submit(key, request);
                 self.answers.push_back(None);
-            }
-            if let Some(answer) = self.answers.front_mut()?.take() {
-                self.answers.pop_front();
-                self.given += 1;
-                return Some(answer);
+                continue;
             }
             let answer = self.calls.next()?;
-            let index = usize::try_from(answer.key - self.given).ok()?;
-            self.answers[index] = Some(answer);
+            self.keep(answer);
         }
     }
 }

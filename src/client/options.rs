@@ -3,11 +3,23 @@
 use crate::amqp::endpoint::Endpoints;
 use std::time::Duration;
 
-/// Where replies are to be sent.
+/// Where replies are to be sent. Set by
+/// [`ClientBuilder::reply_to`](crate::ClientBuilder::reply_to).
+///
+/// ```
+/// use fibrpc::{Client, ReplyTo};
+///
+/// let client = Client::builder("amqp://localhost")?
+///     .reply_to(ReplyTo::Direct)
+///     .build()?;
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum ReplyTo {
-    /// One callback queue for each connection: named by the broker, exclusive, auto-delete.
+    /// The default. One callback queue for each connection: named by the broker, exclusive,
+    /// auto-delete, so that it is gone with the connection. The user needs the permissions to
+    /// configure and read `amq.gen-*`. Source: <https://www.rabbitmq.com/docs/queues>.
     #[default]
     Queue,
     /// RabbitMQ's direct reply-to: no queue at all. Its address is good for one channel, so a
@@ -16,22 +28,44 @@ pub enum ReplyTo {
     Direct,
 }
 
-/// How hard a call tries: when its request is sent again, under the same correlation id.
+/// When a request is sent again, under the same correlation id.
 ///
-/// A request that is sent again may be executed twice; its caller gets one answer.
+/// A request that is sent again may be executed twice; its caller gets one answer. It never
+/// prolongs a call: the deadline stays what it was. A server that dies before it has acknowledged a
+/// request makes the broker deliver it again whatever is chosen here.
+///
+/// ```no_run
+/// use fibrpc::{Client, Error, Retry};
+/// use std::time::Duration;
+///
+/// let client = Client::builder("amqp://localhost")?
+///     .retry(Retry::Unanswered(Duration::from_secs(1)))
+///     .build()?;
+/// match client.request("withdraw").retry(Retry::Never).send("42") {
+///     Err(Error::ConnectionLost { .. }) => println!("look whether it was done"),
+///     other => println!("{other:?}"),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Retry {
-    /// Never. A call whose connection is lost after its request was sent ends with
-    /// [`Error::ConnectionLost`](crate::Error::ConnectionLost).
+    /// Never. The price: a call whose connection is lost after its request was sent ends with
+    /// [`Error::ConnectionLost`](crate::Error::ConnectionLost), and it is for you to find out
+    /// whether the request was executed.
     Never,
-    /// When the connection is lost after it was sent.
+    /// The default: when the connection is lost after it was sent. The price: a request that a
+    /// server had already, or that waits in the queue still, is executed twice. A request that was
+    /// lost without the connection, with a queue that was deleted or purged, ends with its
+    /// deadline.
     #[default]
     LostConnection,
     /// When the connection is lost, and also when it is unanswered for so long, then after twice
     /// that, and so on. It saves calls whose request was lost where no client can see it: the queue
-    /// was purged or deleted, or was on another node of a cluster that died. The price: a handler
-    /// that takes longer runs more than once.
+    /// was purged or deleted, or was on another node of a cluster that died. The price: a request
+    /// that takes longer, in the handler or in a long queue before it, is executed more than once,
+    /// which adds to the load of a server that is late already. So choose longer than an answer
+    /// ever takes. A time of 0 is not refused: the request then leaves every 50 ms.
     Unanswered(Duration),
 }
 

@@ -26,12 +26,27 @@ const RETURN_GRACE: Duration = Duration::from_secs(10);
 pub(crate) const DIAGNOSIS_TIME: Duration = Duration::from_millis(200);
 
 pub(crate) type Outcome = Result<Reply, Error>;
-pub(crate) type Settled = (CorrelationId, Outcome);
+
+/// A call that has ended.
+pub(crate) struct Settled {
+    pub id: CorrelationId,
+    pub outcome: Outcome,
+    /// When: a reply counts from when it was taken off the wire, and not from when its caller
+    /// looks.
+    pub at: Instant,
+}
+
+impl Settled {
+    pub fn now(id: CorrelationId, outcome: Outcome) -> Settled {
+        let at = Instant::now();
+        Settled { id, outcome, at }
+    }
+}
 
 /// What a waiting caller is told by other threads.
 pub(crate) enum Event {
     /// One of its calls has ended.
-    Settled(CorrelationId, Outcome),
+    Settled(Settled),
     /// There is a link to listen on.
     LinkUp,
 }
@@ -89,7 +104,7 @@ impl Pending {
 pub(crate) struct Unsent {
     pub request: Arc<OutgoingRequest>,
     pub deadline: Instant,
-    /// Whether it was sent before.
+    /// Whether it was sent on an earlier link. What is overdue is counted when it is given up.
     pub again: bool,
 }
 
@@ -163,7 +178,8 @@ impl Shared {
         let mut state = self.lock();
         if state.closing {
             drop(state);
-            let _ = pending.events.send(Event::Settled(id, Err(Error::Closed)));
+            let closed = Settled::now(id, Err(Error::Closed));
+            let _ = pending.events.send(Event::Settled(closed));
             return None;
         }
         // What a broker that blocks is sent now, it would read and execute when nobody waits for
@@ -179,10 +195,14 @@ impl Shared {
         drop(state);
         let sent = link.as_ref().is_some_and(|link| {
             let encode = |out: &mut Vec<u8>| link.encode(id, &request, deadline, out);
-            match collect {
-                true => link.outbox.try_append(encode).is_ok(),
-                false => link.outbox.try_send(encode).is_ok(),
+            if !collect {
+                return link.outbox.try_send(encode).is_ok();
             }
+            let appended = link.outbox.try_append(encode);
+            if appended == Ok(true) {
+                link.outbox.flush();
+            }
+            appended.is_ok()
         });
         if !sent {
             self.is_unsent(id, generation);
@@ -336,7 +356,8 @@ impl Shared {
             let Some(error) = error(pending) else {
                 return true;
             };
-            let _ = pending.events.send(Event::Settled(id, Err(error)));
+            let settled = Settled::now(id, Err(error));
+            let _ = pending.events.send(Event::Settled(settled));
             false
         });
     }
@@ -428,9 +449,10 @@ fn hand_over(
     is_mine: impl Fn(CorrelationId) -> bool,
 ) -> Option<Settled> {
     if is_mine(id) {
-        return Some((id, outcome));
+        return Some(Settled::now(id, outcome));
     }
-    let _ = pending.events.send(Event::Settled(id, outcome));
+    let settled = Settled::now(id, outcome);
+    let _ = pending.events.send(Event::Settled(settled));
     None
 }
 

@@ -21,6 +21,8 @@ const RESERVED: [&str; 3] = [ERROR_KIND, "CC", "BCC"];
 /// What we send are strings. Of what another library has sent, strings, numbers and booleans are
 /// shown here as text; times, bytes, tables and arrays are not.
 ///
+/// They are made from pairs, too: `[("a", "1"), ("b", "2")].into_iter().collect()`.
+///
 /// ```
 /// let mut headers = fibrpc::Headers::new();
 /// headers.insert("traceparent", "00-1-2-01");
@@ -32,7 +34,7 @@ const RESERVED: [&str; 3] = [ERROR_KIND, "CC", "BCC"];
 pub struct Headers(Vec<(String, String)>);
 
 impl Headers {
-    /// No headers.
+    /// No headers yet.
     pub fn new() -> Headers {
         Headers::default()
     }
@@ -44,9 +46,21 @@ impl Headers {
             .map(|(_, value)| value)
     }
 
-    /// Sets the value under a name. A name has 1 to 255 bytes; `x-error-kind`, `CC` and `BCC` are
-    /// reserved; all names and values have at most 64 KiB together. That is checked when the
-    /// headers are sent.
+    /// Sets the value under a name; one that is there already is replaced. A name has 1 to 255
+    /// bytes; `x-error-kind` is reserved, and so are `CC` and `BCC`, by which RabbitMQ sends copies
+    /// to other queues; all names and values have at most 64 KiB together.
+    ///
+    /// That is checked when the headers are sent: a request then ends with
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument), a response becomes an error of
+    /// kind `internal`. Source: <https://www.rabbitmq.com/docs/sender-selected>.
+    ///
+    /// ```
+    /// let mut headers = fibrpc::Headers::new();
+    /// headers.insert("x-version", "2");
+    /// headers.insert("x-version", "3");
+    /// assert_eq!((headers.get("x-version"), headers.len()), (Some("3"), 1));
+    /// assert_eq!(headers.get("X-Version"), None);
+    /// ```
     pub fn insert(&mut self, name: impl Into<String>, value: impl Into<String>) {
         let (name, value) = (name.into(), value.into());
         match self.0.iter_mut().find(|(key, _)| *key == name) {
@@ -55,7 +69,13 @@ impl Headers {
         }
     }
 
-    /// All names and values.
+    /// All names and values, in their order: as set, or as received.
+    ///
+    /// ```
+    /// let headers: fibrpc::Headers = [("b", "1"), ("a", "2")].into_iter().collect();
+    /// let names: Vec<_> = headers.iter().map(|(name, _)| name).collect();
+    /// assert_eq!(names, ["b", "a"]);
+    /// ```
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0
             .iter()
@@ -126,6 +146,8 @@ impl Headers {
     }
 }
 
+/// As by [`Headers::insert`] one after the other: of a name that comes twice, the last value
+/// counts.
 impl<N: Into<String>, V: Into<String>> FromIterator<(N, V)> for Headers {
     fn from_iter<I: IntoIterator<Item = (N, V)>>(fields: I) -> Headers {
         let mut headers = Headers::new();

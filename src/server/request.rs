@@ -5,7 +5,7 @@ use crate::message::headers::Headers;
 use crate::message::return_address;
 use std::time::{Duration, Instant};
 
-/// A request, as a handler sees it.
+/// A request, as a handler sees it: whatever somebody has sent, with nothing checked.
 ///
 /// It can be made without a broker, to test a handler:
 ///
@@ -33,7 +33,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// A request that has this body and says nothing else.
+    /// A request that has this body and says nothing else, to test a handler with. Clients send by
+    /// [`Client::request`](crate::Client::request).
     pub fn new(body: impl Into<Vec<u8>>) -> Request {
         Request {
             body: body.into(),
@@ -47,7 +48,7 @@ impl Request {
         self
     }
 
-    /// Adds a header. Default: none.
+    /// Sets a header, without a limit. Default: none.
     pub fn with_header(mut self, name: impl Into<String>, value: impl Into<String>) -> Request {
         self.headers.insert(name, value);
         self
@@ -96,40 +97,63 @@ impl Request {
         }
     }
 
-    /// The body: whatever the caller sent.
+    /// The body: any bytes; it may be empty.
     pub fn body(&self) -> &[u8] {
         &self.body
     }
 
-    /// What the body is, if the caller has said so.
+    /// What the body is, if the caller has said so: its word, which may be wrong. A fibrpc client
+    /// says `text/plain` unless told otherwise.
     pub fn content_type(&self) -> Option<&str> {
         self.content_type.as_deref()
     }
 
-    /// What else the caller has said.
+    /// What else the caller has said, as far as it can be shown as text.
     pub fn headers(&self) -> &Headers {
         &self.headers
     }
 
-    /// The value of a header.
+    /// The value of a header, whose name is case-sensitive.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)
     }
 
-    /// What tells the reply from others at the caller: any bytes that it chose. The same for every
-    /// delivery of the same request, so a handler can know what it has done already.
+    /// What tells the reply from others at the caller: any bytes that it chose, or else its message
+    /// id; `None` if it sent neither.
+    ///
+    /// It is the same for every delivery of the same request, and when a fibrpc client sends it
+    /// again, so a handler can know what it has done already ([`Server::start`] shows how). Those
+    /// of fibrpc clients are 32 hexadecimal digits that no other client has; other libraries may
+    /// count from 1, and then two callers can have the same.
+    ///
+    /// [`Server::start`]: crate::Server::start
     pub fn correlation_id(&self) -> Option<&[u8]> {
         self.correlation_id.as_deref()
     }
 
-    /// Whether the broker has delivered it before: somebody may have executed it already.
+    /// Whether the broker has delivered it before: somebody may have executed it already. `false`
+    /// does not say that nobody has, for a client that sends again sends a new message.
+    /// Source: <https://www.rabbitmq.com/docs/confirms#automatic-requeueing>.
     pub fn redelivered(&self) -> bool {
         self.redelivered
     }
 
-    /// How much longer the caller waits; `None` if it has not said. Counted from when the request
-    /// arrived here, from the message's `expiration`: since the broker does not say how long the
-    /// request was in the queue, it is an upper bound. Zero once the time is up.
+    /// How much longer the caller waits, at most; `None` if it has not said. Zero once the time is
+    /// up.
+    ///
+    /// It is an upper bound: the message's `expiration`, in milliseconds, counted from when the
+    /// request arrived here, since the broker does not say how long it was in the queue before. So
+    /// a caller that waits for 10 s, and whose request was in the queue for 9 s, seems to wait for
+    /// 10 s more. Source: <https://www.rabbitmq.com/docs/ttl>.
+    ///
+    /// ```
+    /// use fibrpc::Request;
+    /// use std::time::Duration;
+    ///
+    /// let request = Request::new("hello").with_time_left(Duration::from_secs(2));
+    /// assert!(request.time_left().is_some_and(|time| time <= Duration::from_secs(2)));
+    /// assert_eq!(Request::new("hello").time_left(), None);
+    /// ```
     pub fn time_left(&self) -> Option<Duration> {
         let deadline = self.deadline?;
         Some(deadline.saturating_duration_since(Instant::now()))

@@ -12,7 +12,7 @@ use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::queue;
 use crate::amqp::sync::Never;
-use crate::amqp::time::{Backoff, after};
+use crate::amqp::time::{Backoff, FAR_FUTURE, after, time_left};
 use crate::error::Error;
 use crate::server::options::Options;
 use crate::server::work_queue::{Event, RequestSink, Session, Task, WorkQueue};
@@ -28,6 +28,10 @@ use std::time::{Duration, Instant};
 /// How long one attempt to reconnect may take, for all brokers in the list together.
 const RECONNECT_TIME: Duration = Duration::from_secs(10);
 
+/// How long after its deadline a first attempt to connect may still tell what it was that took so
+/// long.
+const GRACE: Duration = Duration::from_millis(250);
+
 /// How long a server that has nothing left to do waits for the broker to confirm that it consumes
 /// no more.
 const CANCEL_TIME: Duration = Duration::from_secs(1);
@@ -40,10 +44,18 @@ pub(crate) struct Supervisor {
     pub told: Receiver<Event>,
     /// Disconnected when the server is to stop.
     pub stop: Receiver<Never>,
-    /// Disconnected when every worker consumes for the first time.
-    pub starting: Option<Sender<Never>>,
-    /// Counts connections, from 1. What came in on an earlier one is of no interest any more.
+    /// `None` once every worker has consumed for the first time.
+    pub starting: Option<Starting>,
+    /// Counts attempts to connect, from 1. What came in by an earlier one is of no interest any
+    /// more.
     pub number: u64,
+}
+
+/// The first start, which has a deadline.
+pub(crate) struct Starting {
+    pub give_up_at: Instant,
+    /// Disconnected when it is over.
+    pub _waiting: Sender<Never>,
 }
 
 /// How a session ended.
@@ -51,7 +63,14 @@ enum End {
     /// The server is to stop.
     Stopping,
     /// Something ended the connection or one of its channels.
-    Lost(String),
+    Lost(Error),
+}
+
+impl End {
+    fn lost(reason: impl Into<String>) -> End {
+        let reason = reason.into();
+        End::Lost(Error::ConnectionLost { reason })
+    }
 }
 
 impl Supervisor {
@@ -68,62 +87,83 @@ impl Supervisor {
     }
 
     fn serve_connections(&mut self) -> Result<(), Error> {
-        let mut give_up_at = Some(after(Instant::now(), self.options.connect_timeout));
         let mut backoff = Backoff::default();
-        while let Some(mut connection) = self.connect(&mut backoff, give_up_at)? {
-            give_up_at = None;
+        while let Some(mut connection) = self.connect(&mut backoff)? {
             let began = Instant::now();
             let mut channels = Vec::new();
-            let end = self.serve(&mut connection, &mut channels);
-            let reason = match end {
+            let mut error = match self.serve(&mut connection, &mut channels) {
                 End::Stopping => return self.drain(&mut connection, channels),
-                End::Lost(reason) => reason,
+                End::Lost(error) => error,
             };
             self.queue.end_session(self.number);
             // Closing tells the true cause, if it was the connection.
-            let reason = connection.close().map_or_else(|cause| cause, |()| reason);
-            log::warn!("lost the connection {}: {reason}", connection.name);
+            if let Err(reason) = connection.close() {
+                error = Error::ConnectionLost { reason };
+            }
+            log::warn!(
+                "lost the connection {}: {}",
+                connection.name,
+                reason_of(&error)
+            );
             backoff.held_for(began.elapsed());
-            if self.stopped_within(backoff.next()) {
+            let wait = backoff.next();
+            self.check_patience(error, wait)?;
+            if self.stopped_within(wait) {
                 break;
             }
         }
         Ok(())
     }
 
-    /// Connects and makes sure of the queue: tries until `give_up_at`, or else for ever. `None`
-    /// if the server is to stop.
-    fn connect(
-        &mut self,
-        backoff: &mut Backoff,
-        give_up_at: Option<Instant>,
-    ) -> Result<Option<Connection>, Error> {
+    /// Connects and makes sure of the queue: tries as long as there is patience. `None` if the
+    /// server is to stop.
+    fn connect(&mut self, backoff: &mut Backoff) -> Result<Option<Connection>, Error> {
         loop {
-            let deadline = give_up_at.unwrap_or_else(|| Instant::now() + RECONNECT_TIME);
-            let Some(attempt) = self.attempt(deadline)? else {
-                return Ok(None);
-            };
-            let error = match attempt {
-                Ok(connection) => return Ok(Some(connection)),
-                Err(error) => error,
+            let error = match self.attempt()? {
+                None => return Ok(None),
+                Some(Ok(connection)) => return Ok(Some(connection)),
+                Some(Err(error)) => error,
             };
             let wait = backoff.next();
-            if let Some(at) = give_up_at {
-                let hopeless = matches!(error, Error::QueueRefused { .. });
-                if hopeless || Instant::now() + wait >= at {
-                    return Err(error);
-                }
-            }
-            log::warn!("{error}; trying again in {wait:.1?}");
+            let said = error.to_string();
+            self.check_patience(error, wait)?;
+            log::warn!("{said}; trying again in {wait:.1?}");
             if self.stopped_within(wait) {
                 return Ok(None);
             }
         }
     }
 
+    /// A server that has started once tries again for ever. Before that, until its time is up, or
+    /// the broker has said that it does not let us have the queue.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not start.
+    fn check_patience(&self, error: Error, wait: Duration) -> Result<(), Error> {
+        let Some(starting) = &self.starting else {
+            return Ok(());
+        };
+        match error {
+            Error::QueueRefused { .. } => Err(error),
+            _ if Instant::now() + wait < starting.give_up_at => Ok(()),
+            // It was reached, and does not let us begin.
+            Error::ConnectionLost { reason } => Err(Error::Unreachable {
+                endpoint: self.options.endpoints.to_string(),
+                reason,
+                source: None,
+            }),
+            error => Err(error),
+        }
+    }
+
     /// One attempt, in a thread of its own, since it cannot be interrupted: `None`, and the
     /// thread left behind, if the server is to stop meanwhile.
-    fn attempt(&mut self, deadline: Instant) -> Result<Option<Result<Connection, Error>>, Error> {
+    fn attempt(&mut self) -> Result<Option<Result<Connection, Error>>, Error> {
+        let (deadline, patience) = match &self.starting {
+            Some(Starting { give_up_at, .. }) => (*give_up_at, time_left(*give_up_at) + GRACE),
+            None => (Instant::now() + RECONNECT_TIME, FAR_FUTURE),
+        };
         let (done, outcome) = bounded(1);
         let options = self.options.clone();
         self.number += 1;
@@ -151,6 +191,10 @@ impl Supervisor {
                 Err(Error::ConnectionLost { reason: "the attempt to connect panicked".to_owned() })
             }))),
             recv(self.stop) -> _ => Ok(None),
+            default(patience) => {
+                let reason = "the broker does not answer".to_owned();
+                Ok(Some(Err(Error::ConnectionLost { reason })))
+            }
         }
     }
 
@@ -170,7 +214,7 @@ impl Supervisor {
         for _ in 0..self.options.workers {
             match connection.open_channel() {
                 Ok(channel) => channels.push(channel),
-                Err(error) => return End::Lost(error.reason().to_owned()),
+                Err(error) => return End::lost(error.reason()),
             }
         }
         for channel in &*channels {
@@ -180,7 +224,7 @@ impl Supervisor {
         loop {
             let event = select! {
                 recv(self.told) -> event => event,
-                recv(connection.down) -> _ => return End::Lost(GONE.to_owned()),
+                recv(connection.down) -> _ => return End::lost(GONE),
                 recv(self.stop) -> _ => return End::Stopping,
             };
             match event {
@@ -192,12 +236,16 @@ impl Supervisor {
                         }
                     }
                     Incoming::Channel(channel, ChannelEvent::QueueGone) => {
-                        if let Err(reason) = self.consume_again(connection, channels, channel) {
-                            return End::Lost(reason);
+                        if let Err(error) = self.consume_again(connection, channels, channel) {
+                            return End::Lost(error);
                         }
                     }
-                    Incoming::Channel(_, ChannelEvent::Closed(reason)) => {
-                        return End::Lost(reason.to_string());
+                    Incoming::Channel(_, ChannelEvent::Closed(close)) => {
+                        let (queue, said) = (&self.options.queue, close.to_string());
+                        return match queue::refusal(queue, close.code, &said) {
+                            Some(refusal) => End::Lost(refusal.into()),
+                            None => End::lost(said),
+                        };
                     }
                     Incoming::Blocked(reason) => {
                         log::warn!("the broker has blocked publishers ({reason}); replies wait");
@@ -249,13 +297,13 @@ impl Supervisor {
         connection: &Connection,
         channels: &[Channel],
         id: u16,
-    ) -> Result<(), String> {
+    ) -> Result<(), Error> {
         let Some(channel) = channels.iter().find(|channel| channel.id() == id) else {
             return Ok(());
         };
         let (queue, queue_type) = (&self.options.queue, self.options.queue_type);
         log::warn!("the queue '{queue}' was deleted; declaring it again");
-        queue::declare(channel, queue, queue_type).map_err(|error| error.reason().to_owned())?;
+        queue::declare(channel, queue, queue_type)?;
         self.consume(connection, channel);
         Ok(())
     }
@@ -325,5 +373,13 @@ impl Supervisor {
             );
             return Ok(());
         }
+    }
+}
+
+/// What happened, without what it happened to.
+fn reason_of(error: &Error) -> String {
+    match error {
+        Error::ConnectionLost { reason } | Error::QueueRefused { reason, .. } => reason.clone(),
+        other => other.to_string(),
     }
 }

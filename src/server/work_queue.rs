@@ -3,22 +3,19 @@
 //! Any free worker takes the next request. A worker that finds nothing to do reads the socket
 //! itself (see [`crate::amqp::inbox`]).
 
-use crate::amqp::inbox::{Inbox, Lead, Sink};
+use crate::amqp::inbox::{Inbox, Lead, READ_TIME_MAX, Sink};
 use crate::amqp::incoming::{Delivery, Incoming};
-use crate::amqp::outbox::Outbox;
+use crate::amqp::outbox::{APPENDED_MAX, Outbox};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::Down;
 use crossbeam_channel::Sender;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-/// How long an idle worker that leads waits for a request before it looks around.
-const LEAD_TIME: Duration = Duration::from_secs(3600);
+use std::time::Instant;
 
 /// What the supervisor is told.
 pub(crate) enum Event {
-    /// Something has come in on the connection of that number that is no request.
+    /// Something that is no request has come in on the connection of the attempt of that number.
     Incoming(u64, Incoming),
     /// A worker has finished while the server was to stop.
     Finished,
@@ -26,7 +23,7 @@ pub(crate) enum Event {
 
 /// One connection, as the workers see it.
 pub(crate) struct Session {
-    /// Counts the connections of a server, from 1.
+    /// Counts a server's attempts to connect, from 1; this is the one that led to it.
     pub number: u64,
     pub inbox: Arc<Inbox>,
     pub outbox: Arc<Outbox>,
@@ -49,8 +46,8 @@ pub(crate) struct WorkQueue {
 
 #[derive(Default)]
 struct State {
-    /// The number of the latest connection, from 1. What arrives on an earlier one has been given
-    /// to others already.
+    /// The number of the latest attempt to connect, from 1. What arrives on the connection of an
+    /// earlier one has been given to others already.
     number: u64,
     /// That connection, once every channel consumes: nobody begins before.
     session: Option<Arc<Session>>,
@@ -123,7 +120,9 @@ impl WorkQueue {
 
     fn lead(&self, session: &Session, mut lead: Lead<'_>) {
         session.outbox.flush();
-        let read = lead.read(LEAD_TIME, |incoming| self.accept(session.number, incoming));
+        let read = lead.read(READ_TIME_MAX, |incoming| {
+            self.accept(session.number, incoming)
+        });
         if read == Err(Down) {
             // The supervisor finds out for itself; until then there is nothing to read.
             self.end_session(session.number);
@@ -148,24 +147,31 @@ impl WorkQueue {
         state
     }
 
-    /// Sends what ends a request: its reply and its acknowledgement.
-    pub fn finish(&self, session: &Session, encode: impl Fn(&mut Vec<u8>)) {
+    /// Sends what ends a request, its reply and its acknowledgement: `encode` appends them, about
+    /// `len` bytes.
+    pub fn finish(&self, session: &Session, len: usize, encode: impl Fn(&mut Vec<u8>)) {
         let mut state = self.lock();
         // Two workers, two requests that are quickly done: this worker has the first, and has woken
         // the other for the second. The other sends what is there to be sent when it comes, so this
-        // reply can leave with that one in one write.
-        if !state.backlog.is_empty()
-            && state.woken > 0
-            && session.outbox.try_append(&encode).is_ok()
-        {
-            state.busy -= 1;
-        } else {
-            drop(state);
-            // A dead connection is known by other ways, and its requests are given to others.
-            let _ = session.outbox.send(None, &encode);
-            state = self.lock();
-            state.busy -= 1;
+        // reply can leave with that one in one write. A long one is neither copied nor written
+        // under the lock that all workers need.
+        let leave = len < APPENDED_MAX && !state.backlog.is_empty() && state.woken > 0;
+        match leave.then(|| session.outbox.try_append(&encode)) {
+            Some(Ok(enough)) => {
+                if enough {
+                    drop(state);
+                    session.outbox.flush();
+                    state = self.lock();
+                }
+            }
+            Some(Err(_)) | None => {
+                drop(state);
+                // A dead connection is known by other ways, and its requests are given to others.
+                let _ = session.outbox.send(None, &encode);
+                state = self.lock();
+            }
         }
+        state.busy -= 1;
         if state.stopping {
             let _ = self.events.send(Event::Finished);
         }

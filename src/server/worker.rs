@@ -52,13 +52,13 @@ impl Worker {
         let Some((reply_to, correlation_id)) = return_address(&properties) else {
             self.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
             log::warn!("dropped a request without reply_to ({} bytes)", body.len());
-            return self.queue.finish(session, acknowledge);
+            return self.queue.finish(session, 0, acknowledge);
         };
         let request = Request::read(&properties, body, redelivered, task.arrived);
         if request.time_left() == Some(Duration::ZERO) {
             self.stats.expired.fetch_add(1, Ordering::Relaxed);
             log::debug!("dropped a request whose caller has given up");
-            return self.queue.finish(session, acknowledge);
+            return self.queue.finish(session, 0, acknowledge);
         }
         let response = self.execute(&request);
         let reply = Publish {
@@ -68,7 +68,7 @@ impl Worker {
             properties: response.properties(correlation_id),
             body: response.body(),
         };
-        self.queue.finish(session, |out| {
+        self.queue.finish(session, response.body().len(), |out| {
             put_publish(out, channel, &reply);
             put_ack(out, channel, tag);
         });

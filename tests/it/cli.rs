@@ -77,7 +77,7 @@ fn usage_errors_end_with_2_name_the_argument_and_tell_no_password() {
         (&["server", "--queue-type", "stream"], "--queue-type"),
         (
             &["--url", "http://u:hunter2@h", "call", "1"],
-            "scheme is 'http'",
+            "the scheme is neither",
         ),
         (&["call", "1", "--url", "amqp://u:hunter2@h:port/"], "port"),
         (

@@ -5,7 +5,7 @@ use crate::support::{
     Caller, PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server,
     unique, url,
 };
-use amiquip::QueueDeclareOptions;
+use amiquip::{ConsumerOptions, QueueDeclareOptions};
 use fibrpc::{Error, ReplyTo, Retry, WaitingFor};
 use std::net::TcpListener;
 use std::thread;
@@ -380,6 +380,45 @@ fn a_server_that_was_never_connected_gives_up_with_exit_6() {
         server.stderr
     );
     assert_eq!(server.stdout, "");
+}
+
+#[test]
+fn a_server_that_cannot_serve_says_why_at_its_first_start_and_ends_with_6() {
+    let broker = PrivateBroker::configured("channel_max = 8\n", &[]);
+    broker.ctl(&["add_user", "writer", "secret-of-the-test"]);
+    broker.ctl(&["set_permissions", "writer", ".*", ".*", "^$"]);
+    let writer = broker
+        .url
+        .replace("guest:guest", "writer:secret-of-the-test");
+    let taken = unique("taken");
+    let peer = Peer::connect(&broker.url);
+    peer.channel
+        .queue_declare(&*taken, QueueDeclareOptions::default())
+        .unwrap();
+    let exclusive = ConsumerOptions {
+        exclusive: true,
+        ..ConsumerOptions::default()
+    };
+    let consumer = peer.channel.basic_consume(&*taken, exclusive).unwrap();
+    for (url, queue, workers, said) in [
+        (
+            &broker.url,
+            taken.clone(),
+            "1",
+            "another consumer has it for itself",
+        ),
+        (&writer, unique("may-not-consume"), "1", "set_permissions"),
+        (&broker.url, unique("too-many"), "16", "channel"),
+    ] {
+        let arguments = ["server", "--connect-timeout", "2s", "--workers", workers];
+        let server = run(fibrpc(url, &queue).args(arguments));
+        assert_eq!(server.code(), Some(6), "{said}: {}", server.stderr);
+        assert!(server.stderr.contains(said), "{said}: {}", server.stderr);
+        assert!(!server.stderr.contains("secret"), "{}", server.stderr);
+        assert_eq!(server.stdout, "");
+    }
+    // amiquip's trap: never drop a live consumer.
+    consumer.cancel().unwrap();
 }
 
 #[test]
