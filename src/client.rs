@@ -28,7 +28,7 @@ use crate::message::Reply;
 use calls::{CallMany, Calls, RequestBuilder};
 use crossbeam_channel::{Receiver, bounded};
 use manager::Manager;
-use options::{Options, ReplyTo, Retry};
+use options::{Options, ReplyTo, Retry, check_times};
 use pending::Shared;
 use std::fmt;
 use std::sync::Arc;
@@ -156,7 +156,7 @@ impl ClientBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidArgument`]: the timeout is zero, or the operating system has no thread to
+    /// [`Error::InvalidArgument`]: the timeout or that of [`Retry::Unanswered`] is zero, or the operating system has no thread to
     /// spare.
     ///
     /// # Panics
@@ -173,10 +173,7 @@ impl ClientBuilder {
     /// # Ok::<(), Error>(())
     /// ```
     pub fn build(self) -> Result<Client, Error> {
-        if self.options.timeout.is_zero() {
-            let reason = "the timeout must be longer than 0".to_owned();
-            return Err(Error::InvalidArgument(reason));
-        }
+        check_times(self.options.timeout, self.options.retry)?;
         // One message is enough: it says "look", not what to see.
         let (wake, woken) = bounded(1);
         let shared = Arc::new(Shared::new(self.options, wake));

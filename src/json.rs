@@ -81,8 +81,7 @@ where
     move |request| {
         let argument = request.json()?;
         let result = function(argument).map_err(Into::into)?;
-        let body = serde_json::to_vec(&result)?;
-        Ok(Response::new(body).with_content_type(APPLICATION_JSON))
+        Ok(Response::json(&result)?)
     }
 }
 
@@ -122,7 +121,59 @@ impl Request {
     }
 }
 
+impl Response {
+    /// A response that holds a value as JSON, of content type `application/json`: for a handler
+    /// that also wants to see the headers, or to set some. With the feature `json`.
+    ///
+    /// # Errors
+    ///
+    /// Of kind `internal`: the value cannot be written as JSON.
+    ///
+    /// ```
+    /// use fibrpc::{HandlerError, Request, Response};
+    ///
+    /// fn double(request: &Request) -> Result<Response, HandlerError> {
+    ///     let number: i64 = request.json()?;
+    ///     Ok(Response::json(&(2 * number))?.with_header("x-version", "3"))
+    /// }
+    ///
+    /// assert_eq!(double(&Request::new("21")).unwrap().body(), b"42");
+    /// ```
+    pub fn json<T: Serialize + ?Sized>(value: &T) -> Result<Response, RemoteError> {
+        let body = serde_json::to_vec(value).map_err(|error| {
+            RemoteError::internal(format!("the response cannot be written as JSON: {error}"))
+        })?;
+        Ok(Response::new(body).with_content_type(APPLICATION_JSON))
+    }
+}
+
 impl RequestBuilder<'_> {
+    /// Sets the body to a value as JSON, and the content type to `application/json` unless one was
+    /// set: for [`Calls`](crate::Calls) and [`Client::call_many`](crate::Client::call_many). With
+    /// the feature `json`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidArgument`]: the value cannot be written as JSON.
+    ///
+    /// ```no_run
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// let mut calls = client.calls();
+    /// for number in [1, 2, 3] {
+    ///     calls.submit(number, client.request("double").json_body(&number)?);
+    /// }
+    /// for answer in calls {
+    ///     println!("{} doubled is {}", answer.key, answer.result?.json::<i64>()?);
+    /// }
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
+    pub fn json_body<T: Serialize + ?Sized>(self, value: &T) -> Result<Self, Error> {
+        let body = serde_json::to_vec(value).map_err(|error| {
+            Error::InvalidArgument(format!("the request cannot be written as JSON: {error}"))
+        })?;
+        Ok(self.content_type_unless_set(APPLICATION_JSON).body(body))
+    }
+
     /// Sends the request with a value as its body, of content type `application/json` unless it
     /// says otherwise, and waits for the reply. Blocks for at most the timeout. With the feature
     /// `json`.
@@ -139,10 +190,7 @@ impl RequestBuilder<'_> {
     /// # Ok::<(), fibrpc::Error>(())
     /// ```
     pub fn send_json<T: Serialize + ?Sized>(self, value: &T) -> Result<Reply, Error> {
-        let body = serde_json::to_vec(value).map_err(|error| {
-            Error::InvalidArgument(format!("the request cannot be written as JSON: {error}"))
-        })?;
-        self.content_type_unless_set(APPLICATION_JSON).send(body)
+        self.json_body(value)?.wait()
     }
 }
 

@@ -23,8 +23,8 @@ use options::Options;
 use request::Request;
 use std::fmt;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
 use std::time::{Duration, Instant};
 use supervisor::{Starting, Supervisor};
 use work_queue::WorkQueue;
@@ -251,26 +251,33 @@ impl Server {
             number: 0,
         };
         start_workers(&worker, supervisor.options.workers)?;
-        let mut serving = Serving {
+        let outcome = Arc::new(OnceLock::new());
+        let (alive, ended) = bounded::<Never>(0);
+        let serving = Serving {
             stopper: self.stopper,
             stats: Arc::clone(&worker.stats),
-            supervisor: None,
+            outcome: Arc::clone(&outcome),
+            ended,
         };
-        // It owns the connection and its channels, and ends when the server is stopped.
-        let supervisor = thread::Builder::new()
+        let supervise = move || {
+            let _ = outcome.set(supervisor.run());
+            drop(alive);
+        };
+        // It owns the connection and its channels, and ends when the server is stopped. Nobody
+        // joins it; `ended` says when it has.
+        thread::Builder::new()
             .name("fibrpc-supervisor".to_owned())
-            .spawn(move || supervisor.run())
+            .spawn(supervise)
             .map_err(|error| {
                 worker.queue.close();
                 no_thread(&error)
             })?;
         // Ends when every worker consumes, or with the supervisor.
         let _ = started.recv();
-        serving.supervisor = Some(supervisor);
         if serving.stats().connections > 0 {
             return Ok(serving);
         }
-        match serving.join() {
+        match serving.wait() {
             Ok(_) => Err(Error::Stopped),
             Err(error) => Err(error),
         }
@@ -325,8 +332,10 @@ impl fmt::Debug for Server {
 pub struct Serving {
     stopper: Stopper,
     stats: Arc<Stats>,
-    /// `None` only while it starts, and once it has ended.
-    supervisor: Option<JoinHandle<Result<(), Error>>>,
+    /// How the supervisor has ended, once it has; nothing if it panicked.
+    outcome: Arc<OnceLock<Result<(), Error>>>,
+    /// Disconnected when the supervisor has ended.
+    ended: Receiver<Never>,
 }
 
 impl Serving {
@@ -342,8 +351,6 @@ impl Serving {
     ///
     /// - [`Error::DrainTimeout`]: some handlers did not return in time. Their threads are left
     ///   behind to run on, and the broker gives their requests to another server.
-    /// - [`Error::InvalidArgument`]: the server had ended by itself before, because the operating
-    ///   system had no thread to spare for connecting again.
     /// - [`Error::ConnectionLost`]: a thread of the server has panicked, which is a bug of ours.
     ///
     /// ```no_run
@@ -363,13 +370,21 @@ impl Serving {
     }
 
     /// Serves until a [`Stopper`] stops the server, then drains as of [`Serving::stop`]. Blocks for
-    /// as long as that takes; without a stopper, for ever. [`Serving::stopper`] has an example.
+    /// as long as that takes; without a stopper, for ever. Several threads may wait.
+    /// [`Serving::stopper`] has an example.
     ///
     /// # Errors
     ///
     /// As of [`Serving::stop`].
-    pub fn wait(mut self) -> Result<ServerStats, Error> {
-        self.join()
+    pub fn wait(&self) -> Result<ServerStats, Error> {
+        let _ = self.ended.recv();
+        match self.outcome.get() {
+            Some(Ok(())) => Ok(self.stats()),
+            Some(Err(error)) => Err(error.clone()),
+            None => Err(Error::ConnectionLost {
+                reason: "the supervisor of the server panicked".to_owned(),
+            }),
+        }
     }
 
     /// A handle that stops the server, to be kept where this is not: in a thread that waits for a
@@ -401,23 +416,12 @@ impl Serving {
             connections: stats.connections.load(Ordering::Relaxed),
         }
     }
-
-    /// Waits for the end.
-    fn join(&mut self) -> Result<ServerStats, Error> {
-        if let Some(supervisor) = self.supervisor.take() {
-            supervisor.join().unwrap_or_else(|_| {
-                let reason = "the supervisor of the server panicked".to_owned();
-                Err(Error::ConnectionLost { reason })
-            })?;
-        }
-        Ok(self.stats())
-    }
 }
 
 impl Drop for Serving {
     fn drop(&mut self) {
         self.stopper.stop();
-        if let Err(error) = self.join() {
+        if let Err(error) = self.wait() {
             log::warn!("stopping: {error}");
         }
     }

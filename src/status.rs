@@ -1,7 +1,7 @@
 //! What a broker says of itself and of a request queue: a health check.
 
 use crate::amqp::connection::Connection;
-use crate::amqp::endpoint::Endpoints;
+use crate::amqp::endpoint::{Endpoints, InvalidUrl};
 use crate::amqp::inbox::Discard;
 use crate::amqp::queue::{self, QueueStatus};
 use crate::amqp::time::{after, time_left};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// use fibrpc::Status;
 /// use std::time::Duration;
 ///
-/// let status = Status::of(&"amqp://localhost".parse()?, "shout", Duration::from_secs(5))?;
+/// let status = Status::of("amqp://localhost", "shout", Duration::from_secs(5))?;
 /// println!("{}, answers in {:?}", status.broker, status.round_trip);
 /// match status.queue {
 ///     Some(queue) => println!("{} workers, {} requests wait", queue.consumers, queue.ready),
@@ -53,11 +53,17 @@ impl Status {
     /// - [`Error::ConnectionLost`]: the connection was lost, or `timeout` passed while it was
     ///   asked.
     /// - [`Error::InvalidArgument`]: the queue's name is empty or longer than 255 bytes.
-    pub fn of(endpoints: &Endpoints, queue: &str, timeout: Duration) -> Result<Status, Error> {
+    /// - [`Error::InvalidUrl`]: a URL cannot be used.
+    pub fn of<B>(brokers: B, queue: &str, timeout: Duration) -> Result<Status, Error>
+    where
+        B: TryInto<Endpoints>,
+        InvalidUrl: From<B::Error>,
+    {
+        let endpoints = brokers.try_into().map_err(InvalidUrl::from)?;
         message::check_queue_name(queue).map_err(Error::InvalidArgument)?;
         let deadline = after(Instant::now(), timeout);
         let mut connection =
-            Connection::open(endpoints, "status", deadline, &|| Box::new(Discard))?;
+            Connection::open(&endpoints, "status", deadline, &|| Box::new(Discard))?;
         let _watchdog = connection.outbox.abort_after(time_left(deadline));
         let began = Instant::now();
         let channel = connection.open_channel()?;

@@ -376,6 +376,10 @@ fn what_could_never_work_is_an_invalid_argument_at_once() {
         (client.request(""), "queue's name is empty"),
         (client.request(&long), "256 bytes"),
         (client.request("q").timeout(Duration::ZERO), "timeout"),
+        (
+            client.request("q").retry(Retry::Unanswered(Duration::ZERO)),
+            "sent again",
+        ),
         (client.request("q").header("", "1"), "name is empty"),
         (client.request("q").header("x-error-kind", "1"), "reserved"),
         (client.request("q").content_type(&long), "content type"),
@@ -452,22 +456,19 @@ fn a_stopper_in_another_thread_ends_the_wait_and_what_was_begun_is_answered() {
 #[test]
 fn a_server_that_is_dropped_drains() {
     let queue = unique("dropped");
-    let serving = serve(&queue, 1, |_| {
+    let (begun, is_begun) = mpsc::channel();
+    let serving = serve(&queue, 1, move |_| {
+        let _ = begun.send(());
         thread::sleep(Duration::from_millis(300));
         Ok("answered")
     });
     let client = client();
     let mut calls = client.calls();
     calls.submit((), client.request(&queue));
-    while serving.stats().answered == 0 {
-        let status = Status::of(&url().parse().unwrap(), &queue, PATIENCE).unwrap();
-        if status.queue.unwrap().ready == 0 {
-            break;
-        }
-    }
+    is_begun.recv_timeout(PATIENCE).unwrap();
     drop(serving);
     assert_eq!(calls.next().unwrap().result.unwrap().body, b"answered");
-    let status = Status::of(&url().parse().unwrap(), &queue, PATIENCE).unwrap();
+    let status = Status::of(url(), &queue, PATIENCE).unwrap();
     assert_eq!(status.queue.unwrap().consumers, 0);
 }
 
@@ -495,14 +496,14 @@ fn a_prefetched_request_whose_caller_has_given_up_is_not_begun() {
     }
     assert_eq!(begins.recv_timeout(PATIENCE).unwrap(), b"0");
     // The broker has kept none: all ten are here.
-    let status = Status::of(&url().parse().unwrap(), &queue, PATIENCE).unwrap();
+    let status = Status::of(url(), &queue, PATIENCE).unwrap();
     assert_eq!(status.queue.unwrap().ready, 0);
     drop(open);
     client.call(&queue, "next").unwrap();
     assert_eq!(begins.recv_timeout(PATIENCE).unwrap(), b"next");
     let stats = serving.stop().unwrap();
     assert_eq!((stats.answered, stats.expired), (2, 9));
-    let status = Status::of(&url().parse().unwrap(), &queue, PATIENCE).unwrap();
+    let status = Status::of(url(), &queue, PATIENCE).unwrap();
     assert_eq!(status.queue.unwrap().ready, 0, "they were acknowledged");
 }
 
@@ -527,7 +528,7 @@ fn each_call_tries_as_hard_as_it_is_told() {
     assert!(calls.next_before(limit).is_none());
     let again = client.stats().republished;
     assert!((1..=5).contains(&again), "after 0.1, 0.3, 0.7 s: {again}");
-    let status = Status::of(&url().parse().unwrap(), &queue, PATIENCE).unwrap();
+    let status = Status::of(url(), &queue, PATIENCE).unwrap();
     assert_eq!(u64::from(status.queue.unwrap().ready), 2 + again);
 }
 
@@ -557,7 +558,7 @@ fn a_closed_client_ends_its_calls() {
 #[test]
 fn a_status_tells_whether_somebody_serves() {
     let queue = unique("status");
-    let endpoints = url().parse().unwrap();
+    let endpoints: fibrpc::Endpoints = url().parse().unwrap();
     let before = Status::of(&endpoints, &queue, PATIENCE).unwrap();
     assert_eq!(before.queue, None);
     assert!(before.broker.starts_with("RabbitMQ "), "{}", before.broker);

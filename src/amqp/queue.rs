@@ -115,7 +115,7 @@ pub(crate) fn ensure(
 /// # Errors
 ///
 /// As of [`ensure`]; the channel is then closed.
-pub(crate) fn declare(channel: &Channel, queue: &str, queue_type: QueueType) -> Result<(), Error> {
+fn declare(channel: &Channel, queue: &str, queue_type: QueueType) -> Result<(), Error> {
     channel
         .ask(|channel| {
             channel

@@ -3,7 +3,7 @@
 use crate::amqp::time::{FAR_FUTURE, after};
 use crate::client::correlation::CorrelationId;
 use crate::client::link::{Link, OutgoingRequest};
-use crate::client::options::Retry;
+use crate::client::options::{Retry, check_times};
 use crate::client::pending::{DIAGNOSIS_TIME, Event, Pending, Resend, Settled, Shared};
 use crate::error::Error;
 use crate::message::Reply;
@@ -124,8 +124,13 @@ impl<'c> RequestBuilder<'c> {
     /// # Ok::<(), fibrpc::Error>(())
     /// ```
     pub fn send(self, body: impl Into<Vec<u8>>) -> Result<Reply, Error> {
+        self.body(body).wait()
+    }
+
+    /// Sends the request with the body that it has, and waits for the reply.
+    pub(crate) fn wait(self) -> Result<Reply, Error> {
         let mut calls = Calls::new(self.shared);
-        calls.submit((), self.body(body));
+        calls.submit((), self);
         calls
             .next()
             .map_or(Err(Error::Closed), |answer| answer.result)
@@ -133,10 +138,7 @@ impl<'c> RequestBuilder<'c> {
 
     /// Whether it can be sent.
     fn check(&self) -> Result<(), Error> {
-        if self.timeout.is_zero() {
-            let reason = "the timeout must be longer than 0".to_owned();
-            return Err(Error::InvalidArgument(reason));
-        }
+        check_times(self.timeout, self.retry)?;
         self.request.check().map_err(Error::InvalidArgument)
     }
 }
@@ -202,6 +204,7 @@ pub struct Answer<K> {
 /// }
 /// # Ok::<(), fibrpc::Error>(())
 /// ```
+#[must_use = "calls that are dropped are abandoned"]
 pub struct Calls<'c, K> {
     shared: &'c Shared,
     /// Other threads' way to us, given along with each call.
@@ -509,6 +512,7 @@ impl<K> fmt::Debug for Calls<'_, K> {
 /// println!("{} failed", failed.count());
 /// # Ok::<(), fibrpc::Error>(())
 /// ```
+#[must_use = "no request is sent before the first answer is asked for"]
 pub struct CallMany<'c, I> {
     calls: Calls<'c, u64>,
     requests: Fuse<I>,

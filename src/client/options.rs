@@ -1,6 +1,7 @@
 //! What a client can be told, with the defaults.
 
 use crate::amqp::endpoint::Endpoints;
+use crate::error::Error;
 use std::time::Duration;
 
 /// Where replies are to be sent. Set by
@@ -89,4 +90,18 @@ impl Options {
             wait_for_server: false,
         }
     }
+}
+
+/// # Errors
+///
+/// [`Error::InvalidArgument`]: one of the times is zero.
+pub(crate) fn check_times(timeout: Duration, retry: Retry) -> Result<(), Error> {
+    let what = match (timeout, retry) {
+        (Duration::ZERO, _) => "the timeout",
+        (_, Retry::Unanswered(Duration::ZERO)) => "the time after which a request is sent again",
+        _ => return Ok(()),
+    };
+    Err(Error::InvalidArgument(format!(
+        "{what} must be longer than 0"
+    )))
 }

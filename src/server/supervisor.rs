@@ -119,7 +119,7 @@ impl Supervisor {
     /// server is to stop.
     fn connect(&mut self, backoff: &mut Backoff) -> Result<Option<Connection>, Error> {
         loop {
-            let error = match self.attempt()? {
+            let error = match self.attempt() {
                 None => return Ok(None),
                 Some(Ok(connection)) => return Ok(Some(connection)),
                 Some(Err(error)) => error,
@@ -159,7 +159,7 @@ impl Supervisor {
 
     /// One attempt, in a thread of its own, since it cannot be interrupted: `None`, and the
     /// thread left behind, if the server is to stop meanwhile.
-    fn attempt(&mut self) -> Result<Option<Result<Connection, Error>>, Error> {
+    fn attempt(&mut self) -> Option<Result<Connection, Error>> {
         let (deadline, patience) = match &self.starting {
             Some(Starting { give_up_at, .. }) => (*give_up_at, time_left(*give_up_at) + GRACE),
             None => (Instant::now() + RECONNECT_TIME, FAR_FUTURE),
@@ -182,19 +182,22 @@ impl Supervisor {
             // If nobody waits any more, the connection is dropped here, which closes it.
             let _ = done.send(declared.map_err(Error::from));
         };
-        thread::Builder::new()
+        let spawned = thread::Builder::new()
             .name("fibrpc-connect".to_owned())
-            .spawn(attempt)
-            .map_err(|error| Error::InvalidArgument(format!("cannot start a thread: {error}")))?;
+            .spawn(attempt);
+        if let Err(error) = spawned {
+            let reason = format!("cannot start a thread: {error}");
+            return Some(Err(Error::InvalidArgument(reason)));
+        }
+        let lost = |reason: &str| Error::ConnectionLost {
+            reason: reason.to_owned(),
+        };
         select! {
-            recv(outcome) -> outcome => Ok(Some(outcome.unwrap_or_else(|RecvError| {
-                Err(Error::ConnectionLost { reason: "the attempt to connect panicked".to_owned() })
-            }))),
-            recv(self.stop) -> _ => Ok(None),
-            default(patience) => {
-                let reason = "the broker does not answer".to_owned();
-                Ok(Some(Err(Error::ConnectionLost { reason })))
-            }
+            recv(outcome) -> outcome => Some(outcome.unwrap_or_else(|RecvError| {
+                Err(lost("the attempt to connect panicked"))
+            })),
+            recv(self.stop) -> _ => None,
+            default(patience) => Some(Err(lost("the broker does not answer"))),
         }
     }
 
@@ -208,8 +211,8 @@ impl Supervisor {
 
     /// Has the workers serve a new connection, until it is lost or the server is to stop.
     fn serve(&mut self, connection: &mut Connection, channels: &mut Vec<Channel>) -> End {
-        // The channel on which we have asked after the queue may have been closed, and a new one gets
-        // its number.
+        // The broker may have closed the channel on which we have asked after the queue, and a new
+        // one gets its number.
         while self.told.try_recv().is_ok() {}
         for _ in 0..self.options.workers {
             match connection.open_channel() {
@@ -229,6 +232,9 @@ impl Supervisor {
             };
             match event {
                 Ok(Event::Incoming(number, incoming)) if number == self.number => match incoming {
+                    // On which we have asked after the queue.
+                    Incoming::Channel(other, _)
+                        if !channels.iter().any(|one| one.id() == other) => {}
                     Incoming::Channel(channel, ChannelEvent::Consuming) => {
                         let first = consuming.insert(channel);
                         if first && consuming.len() == channels.len() {
@@ -291,10 +297,11 @@ impl Supervisor {
         self.starting = None;
     }
 
-    /// The queue of a channel's consumer was deleted: declares it again, and consumes it.
+    /// The queue of a channel's consumer was deleted: makes sure that there is one, and consumes
+    /// it.
     fn consume_again(
         &self,
-        connection: &Connection,
+        connection: &mut Connection,
         channels: &[Channel],
         id: u16,
     ) -> Result<(), Error> {
@@ -302,8 +309,8 @@ impl Supervisor {
             return Ok(());
         };
         let (queue, queue_type) = (&self.options.queue, self.options.queue_type);
-        log::warn!("the queue '{queue}' was deleted; declaring it again");
-        queue::declare(channel, queue, queue_type)?;
+        log::warn!("the queue '{queue}' was deleted; declaring it again unless somebody else has");
+        queue::ensure(connection, queue, queue_type)?;
         self.consume(connection, channel);
         Ok(())
     }
