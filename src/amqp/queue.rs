@@ -66,7 +66,7 @@ impl QueueType {
 /// use fibrpc::Status;
 /// use std::time::Duration;
 ///
-/// let status = Status::of(&"amqp://localhost".parse()?, "shout", Duration::from_secs(5))?;
+/// let status = Status::of("amqp://localhost", "shout", Duration::from_secs(5))?;
 /// let is_served = status.queue.is_some_and(|queue| queue.consumers > 0);
 /// # Ok::<(), fibrpc::Error>(())
 /// ```
