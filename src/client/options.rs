@@ -52,7 +52,7 @@ pub enum ReplyTo {
 #[non_exhaustive]
 pub enum Retry {
     /// Never. The price: a call whose connection is lost after its request was sent ends with
-    /// [`Error::ConnectionLost`](crate::Error::ConnectionLost), and it is for you to find out
+    /// [`Error::ConnectionLost`], and it is for you to find out
     /// whether the request was executed.
     Never,
     /// The default: when the connection is lost after it was sent. The price: a request that a
