@@ -86,10 +86,10 @@ impl Manager {
         let state = self.shared.lock();
         if state.closing {
             Task::End
-        } else if state.pending.is_empty() {
-            Task::Wait
-        } else {
+        } else if state.has_work() {
             Task::Connect
+        } else {
+            Task::Wait
         }
     }
 

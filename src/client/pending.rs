@@ -94,9 +94,16 @@ impl Pending {
     /// When the connection manager has to send it, if it knows of a time; now, if it is unsent.
     fn due(&self, now: Instant) -> Option<Instant> {
         match self.sent_on {
+            _ if self.is_over(now) => None,
             0 => Some(now),
             _ => self.resend.time(),
         }
+    }
+
+    /// Whether its deadline has passed. It is still there if its caller has not looked since, and
+    /// it is not sent any more.
+    fn is_over(&self, now: Instant) -> bool {
+        now >= self.deadline
     }
 }
 
@@ -388,10 +395,19 @@ impl State {
         self.next_look
     }
 
+    /// Whether there is a call that waits for something.
+    pub fn has_work(&self) -> bool {
+        let now = Instant::now();
+        self.pending.values().any(|pending| !pending.is_over(now))
+    }
+
     /// Marks what is overdue as unsent; says how many those are.
     pub fn give_up_overdue(&mut self, generation: u64) -> u64 {
         let (mut overdue, now) = (0, Instant::now());
         for pending in self.pending.values_mut() {
+            if pending.is_over(now) {
+                continue;
+            }
             if let Resend::At(at, after) = &mut pending.resend
                 && pending.sent_on == generation
                 && now >= *at
@@ -406,7 +422,10 @@ impl State {
 
     /// What is pending and was not sent on this link, in the order in which it was submitted.
     pub fn unsent(&self, generation: u64) -> Vec<CorrelationId> {
-        let unsent = |(&id, pending): (_, &Pending)| (pending.sent_on < generation).then_some(id);
+        let now = Instant::now();
+        let unsent = |(&id, pending): (_, &Pending)| {
+            (pending.sent_on < generation && !pending.is_over(now)).then_some(id)
+        };
         let mut unsent: Vec<_> = self.pending.iter().filter_map(unsent).collect();
         unsent.sort_unstable();
         unsent
@@ -415,11 +434,15 @@ impl State {
     /// Marks a request as sent on a link, before it is, so that its reply finds it; `None` if it is
     /// not to be sent any more.
     pub fn begin_sending(&mut self, id: CorrelationId, generation: u64) -> Option<Unsent> {
-        let pending = self.pending.get_mut(&id)?;
+        let now = Instant::now();
+        let pending = self
+            .pending
+            .get_mut(&id)
+            .filter(|pending| !pending.is_over(now))?;
         let again = pending.sent_on > 0;
         (pending.sent_on, pending.returned) = (generation, false);
         if let Resend::At(at, time) = &mut pending.resend {
-            *at = after(Instant::now(), *time);
+            *at = after(now, *time);
         }
         Some(Unsent {
             request: Arc::clone(&pending.request),

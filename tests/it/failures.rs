@@ -205,6 +205,10 @@ fn what_is_submitted_while_the_broker_blocks_is_sent_in_time_or_never() {
         assert_eq!(call.code(), Some(4));
         assert!(call.stderr.contains("blocked"), "{}", call.stderr);
     }
+    // Nor does one count that nobody looks after until the broker reads again.
+    let mut calls = caller.client.calls();
+    calls.submit((), caller.request().timeout(hurried).body("25"));
+    thread::sleep(hurried);
     // These have time enough, and are sent when the broker reads again.
     let patient = begin(&caller, "11");
     let process = Process::spawn(fibrpc(&broker.url, &queue).args(["call", "12"]));
@@ -213,6 +217,11 @@ fn what_is_submitted_while_the_broker_blocks_is_sent_in_time_or_never() {
     assert_eq!(patient.join().unwrap().unwrap(), b"89");
     process.wait_for(" [.] Got 144");
     assert_eq!(caller.call("13").unwrap(), b"233");
+    let given_up = calls.next().unwrap().result;
+    assert!(
+        matches!(given_up, Err(Error::Timeout { .. })),
+        "{given_up:?}"
+    );
     assert_eq!(caller.stats().connections, 1);
     // Everything else that the server was ever given.
     server.signal("TERM");
@@ -481,6 +490,32 @@ fn a_request_whose_caller_has_given_up_is_not_executed() {
         server.line(),
         " [.] fib(21)",
         "the expired fib(20) was never seen"
+    );
+}
+
+#[test]
+fn a_request_whose_deadline_has_passed_is_not_sent_on_the_next_connection() {
+    let mut broker = PrivateBroker::start();
+    let queue = unique("over");
+    drop(server(&broker.url, &queue, &["--queue-type", "classic"])); // declares it, durable
+    let client = client(&broker.url, &queue, 2 * PATIENCE);
+    let mut calls = client.client.calls();
+    let second = Duration::from_secs(1);
+    calls.submit("20", client.request().timeout(second).body("20"));
+    eventually("it is sent", || client.stats().connections == 1);
+    broker.kill();
+    thread::sleep(second);
+    // Nobody has looked after it, and another call has the client connect again.
+    broker.boot();
+    let server = server(&broker.url, &queue, &["--workers", "1"]);
+    assert_eq!(client.call("10").unwrap(), b"55");
+    assert_eq!(server.line(), " [.] fib(10)");
+    assert_eq!(client.call("11").unwrap(), b"89");
+    assert_eq!(server.line(), " [.] fib(11)");
+    let given_up = calls.next().unwrap().result;
+    assert!(
+        matches!(given_up, Err(Error::Timeout { .. })),
+        "{given_up:?}"
     );
 }
 
