@@ -57,8 +57,8 @@
 //!
 //! - `client` and `server` do not know each other; neither knows Fibonacci.
 //! - amiquip is named in `amqp` alone. `amqp::frame`, `amqp::incoming` and `message` do no I/O.
-//! - Nothing prints; the library reports through `log`, and never a password. (amiquip does: keep the
-//!   level of its target `amiquip` above debug.)
+//! - Nothing prints; the library reports through `log`, and never a password. Nor does amiquip, which
+//!   does not get to know it.
 //! - Every wait has a deadline, or is woken by a stop, or by the end of the connection.
 
 mod client;

@@ -43,10 +43,6 @@ fn start_logging(verbose: u8) {
         .filter_module("fibrpc", ours)
         .parse_default_env()
         .format(move |out, record| {
-            // amiquip logs the handshake at debug, with the password in it.
-            if record.target().starts_with("amiquip") && record.level() >= log::Level::Debug {
-                return Ok(());
-            }
             let style = out.default_level_style(record.level());
             if with_time {
                 write!(out, "{} ", out.timestamp_millis())?;

@@ -10,7 +10,7 @@ use crate::amqp::error::reply_code::NOT_ALLOWED;
 use crate::amqp::error::{Error, describe, reply_code};
 use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::outbox::Outbox;
-use crate::amqp::stream::{self, Opened};
+use crate::amqp::stream::{self, Credentials, Opened};
 use crate::amqp::sync::Never;
 use crate::amqp::time::{share_of, time_left};
 #[cfg(feature = "tls")]
@@ -234,6 +234,14 @@ impl Endpoint {
         Ok(Transport::Plain(Arc::new(socket)))
     }
 
+    /// What the handshake needs and amiquip is not to know.
+    fn credentials(&self) -> Option<Credentials> {
+        (!self.external).then(|| Credentials {
+            user: self.user.clone(),
+            password: self.password.clone(),
+        })
+    }
+
     fn shake_hands(
         &self,
         socket: TcpStream,
@@ -252,14 +260,14 @@ impl Endpoint {
             inbox,
             outbox,
             down,
-        } = stream::share(transport, sink)
+        } = stream::share(transport, self.credentials(), sink)
             .map_err(|error| Failure::io("setting up the socket", error))?;
         let options = ConnectionOptions::default()
             .auth(match self.external {
                 true => Auth::External,
                 false => Auth::Plain {
                     username: self.user.clone(),
-                    password: self.password.clone(),
+                    password: Credentials::PLACEHOLDER.to_owned(),
                 },
             })
             .virtual_host(&self.vhost)

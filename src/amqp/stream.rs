@@ -8,6 +8,7 @@
 //! Who owns what: amiquip's I/O thread owns the `Stream` and drops it when it ends, for whatever
 //! reason. That closes the socket and tells everyone ([`Opened::down`]).
 
+use crate::amqp::frame::{OVERHEAD, PREFIX_LEN};
 use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::outbox::Outbox;
 use crate::amqp::sync::Never;
@@ -34,12 +35,17 @@ pub(crate) struct Opened {
     pub down: Receiver<Never>,
 }
 
-/// Shares a connected socket out. What arrives while nobody reads it goes to `sink`.
+/// Shares a connected socket out. What arrives while nobody reads it goes to `sink`; `credentials`
+/// go out in the handshake.
 ///
 /// # Errors
 ///
 /// The operating system refuses an option or another descriptor.
-pub(crate) fn share(transport: Transport, sink: Box<dyn Sink>) -> io::Result<Opened> {
+pub(crate) fn share(
+    transport: Transport,
+    credentials: Option<Credentials>,
+    sink: Box<dyn Sink>,
+) -> io::Result<Opened> {
     let socket = transport.socket();
     // Nagle's algorithm would hold a small write back until the last one is acknowledged, which
     // the broker delays: 44 ms a call.
@@ -52,6 +58,7 @@ pub(crate) fn share(transport: Transport, sink: Box<dyn Sink>) -> io::Result<Ope
     let stream = Stream {
         inbox: Arc::clone(&inbox),
         outbox: Arc::clone(&outbox),
+        credentials,
         _alive: alive,
     };
     Ok(Opened {
@@ -66,7 +73,37 @@ pub(crate) fn share(transport: Transport, sink: Box<dyn Sink>) -> io::Result<Ope
 pub(crate) struct Stream {
     inbox: Arc<Inbox>,
     outbox: Arc<Outbox>,
+    /// The user and the password, until they are sent.
+    credentials: Option<Credentials>,
     _alive: Sender<Never>,
+}
+
+/// Whom the broker is to take us for. amiquip logs what it sends in the handshake, and keeps it in
+/// errors: so it gets a word in the password's place, and the password is put in on the way out.
+pub(crate) struct Credentials {
+    pub user: String,
+    pub password: String,
+}
+
+impl Credentials {
+    /// What amiquip takes for the password.
+    pub const PLACEHOLDER: &str = "(the password, which fibrpc keeps to itself)";
+
+    /// Puts the password into the frame of `connection.start-ok`; `None` if this is another one.
+    fn put_into(&self, frame: &[u8]) -> Option<Vec<u8>> {
+        let response = |password: &str| format!("\0{}\0{password}", self.user).into_bytes();
+        let (wrong, right) = (response(Self::PLACEHOLDER), response(&self.password));
+        let at = frame.windows(wrong.len()).position(|part| part == wrong)?;
+        let (start, end) = (&frame[..at], &frame[at + wrong.len()..]);
+        let mut filled = [start, &right, end].concat();
+        // The lengths of the frame's payload and, just before it, of the response.
+        let payload = filled.len().checked_sub(OVERHEAD)?;
+        for (place, len) in [(PREFIX_LEN, payload), (at, right.len())] {
+            let octets = u32::try_from(len).ok()?.to_be_bytes();
+            filled[place.checked_sub(4)?..place].copy_from_slice(&octets);
+        }
+        Some(filled)
+    }
 }
 
 impl Drop for Stream {
@@ -92,7 +129,14 @@ impl Write for Stream {
     /// Accepts everything: what does not fit the socket now follows when it does. amiquip itself
     /// only writes methods, a few dozen bytes each.
     fn write(&mut self, frames: &[u8]) -> io::Result<usize> {
-        match self.outbox.send_anyway(frames) {
+        let filled = self
+            .credentials
+            .as_ref()
+            .and_then(|credentials| credentials.put_into(frames));
+        if filled.is_some() {
+            self.credentials = None;
+        }
+        match self.outbox.send_anyway(filled.as_deref().unwrap_or(frames)) {
             Ok(()) => Ok(frames.len()),
             Err(Down) => Err(ErrorKind::BrokenPipe.into()),
         }
@@ -151,7 +195,10 @@ mod tests {
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (far, _) = listener.accept().unwrap();
         let sink = Box::new(Discard);
-        (share(Transport::Plain(Arc::new(near)), sink).unwrap(), far)
+        (
+            share(Transport::Plain(Arc::new(near)), None, sink).unwrap(),
+            far,
+        )
     }
 
     #[test]
@@ -210,6 +257,29 @@ mod tests {
         drop(far);
         io.join().unwrap();
         assert!(down.recv().is_err());
+    }
+
+    #[test]
+    fn the_password_takes_the_place_of_the_placeholder_and_the_lengths_are_right() {
+        let start_ok = |password: &str| {
+            let response = format!("\0ada\0{password}");
+            let mut payload = vec![0, 10, 0, 11, 0, 0, 0, 0]; // no properties of ours
+            payload.extend(b"\x05PLAIN");
+            payload.extend((response.len() as u32).to_be_bytes());
+            payload.extend(response.as_bytes());
+            payload.extend(b"\x05en_US");
+            let len = (payload.len() as u32).to_be_bytes();
+            [&[1, 0, 0], &len[..], &payload, &[0xCE]].concat()
+        };
+        for password in ["", "short", &"long".repeat(100), "pässwort"] {
+            let credentials = Credentials {
+                user: "ada".to_owned(),
+                password: password.to_owned(),
+            };
+            let filled = credentials.put_into(&start_ok(Credentials::PLACEHOLDER));
+            assert_eq!(filled, Some(start_ok(password)), "{password}");
+            assert_eq!(credentials.put_into(b"AMQP\0\0\x09\x01"), None);
+        }
     }
 
     #[test]
