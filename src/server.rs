@@ -22,7 +22,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use options::Options;
 use request::Request;
 use std::fmt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -164,8 +164,9 @@ impl Server {
     /// # The handler
     ///
     /// It runs in several threads at once, one for each worker, all by the same reference. It
-    /// answers whatever is [`Into`] a [`Response`], such as bytes or a text; or any error by `?`,
-    /// see [`HandlerError`]. A closure has to name the type of its argument, `|request: &Request|`.
+    /// answers whatever is [`Into`] a [`Response`], such as bytes or a text, and does not borrow
+    /// from the request: `Ok(request.body().to_vec())`. Or any error by `?` or `.into()`, see
+    /// [`HandlerError`]. A closure has to name the type of its argument, `|request: &Request|`.
     ///
     /// **One that panics** answers with an error of kind `internal` that holds the panic's message,
     /// and its worker goes on. A program built with `panic = "abort"` ends instead.
@@ -246,6 +247,7 @@ impl Server {
             stop: self.stop,
             starting: Some(Starting {
                 give_up_at,
+                latest: None,
                 _waiting: waiting,
             }),
             number: 0,
@@ -258,6 +260,7 @@ impl Server {
             stats: Arc::clone(&worker.stats),
             outcome: Arc::clone(&outcome),
             ended,
+            told: AtomicBool::new(false),
         };
         let supervise = move || {
             let _ = outcome.set(supervisor.run());
@@ -314,7 +317,8 @@ impl fmt::Debug for Server {
 ///
 /// It serves until it is stopped, and connects again whenever it has to. Keep it: dropping it stops
 /// the server, as [`Serving::stop`] does, and blocks for as long; an error is only logged then. It
-/// is [`Send`] and [`Sync`].
+/// is [`Send`] and [`Sync`]. A handler of its own must not drop it, or it would wait for itself: it
+/// has a [`Stopper`] for that.
 ///
 /// ```no_run
 /// use fibrpc::{Request, Server};
@@ -336,6 +340,8 @@ pub struct Serving {
     outcome: Arc<OnceLock<Result<(), Error>>>,
     /// Disconnected when the supervisor has ended.
     ended: Receiver<Never>,
+    /// Whether somebody knows how it has ended.
+    told: AtomicBool,
 }
 
 impl Serving {
@@ -378,6 +384,7 @@ impl Serving {
     /// As of [`Serving::stop`].
     pub fn wait(&self) -> Result<ServerStats, Error> {
         let _ = self.ended.recv();
+        self.told.store(true, Ordering::Relaxed);
         match self.outcome.get() {
             Some(Ok(())) => Ok(self.stats()),
             Some(Err(error)) => Err(error.clone()),
@@ -421,7 +428,10 @@ impl Serving {
 impl Drop for Serving {
     fn drop(&mut self) {
         self.stopper.stop();
-        if let Err(error) = self.wait() {
+        let told = self.told.load(Ordering::Relaxed);
+        if let Err(error) = self.wait()
+            && !told
+        {
             log::warn!("stopping: {error}");
         }
     }

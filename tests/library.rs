@@ -159,9 +159,17 @@ fn an_empty_request_and_an_empty_reply_are_like_any_other() {
 
 #[test]
 fn a_handlers_error_and_its_panic_are_the_callers_error() {
+    /// A panic that does not go quietly.
+    struct Awkward;
+    impl Drop for Awkward {
+        fn drop(&mut self) {
+            panic!("dropped");
+        }
+    }
     let queue = unique("errors");
     let serving = serve(&queue, 1, |request| match request.body() {
         b"panic" => panic!("on purpose"),
+        b"payload" => std::panic::panic_any(Awkward),
         b"text" => Ok(Err("just words")?),
         b"parse" => Ok(str::from_utf8(request.body())?.parse::<u32>()?.to_string()),
         b"bad kind" => Err(RemoteError::new("Not A Kind", "still told"))?,
@@ -177,13 +185,14 @@ fn a_handlers_error_and_its_panic_are_the_callers_error() {
         ("text", "internal", "just words"),
         ("parse", "internal", "invalid digit"),
         ("panic", "internal", "on purpose"),
+        ("payload", "internal", "no message"),
         ("bad kind", "internal", "still told"),
     ] {
         let (found, message) = error_of(body);
         assert_eq!(found, kind, "{body}");
         assert!(message.contains(said), "{body}: {message}");
     }
-    assert_eq!(serving.stop().unwrap().refused, 5);
+    assert_eq!(serving.stop().unwrap().refused, 6);
 }
 
 #[test]
@@ -336,6 +345,30 @@ fn many_calls_of_a_slow_iterator_are_answered_while_it_takes_its_time() {
 }
 
 #[test]
+fn many_calls_keep_their_window_full_while_their_caller_takes_its_time() {
+    const CALLS: u32 = 20;
+    let queue = unique("window");
+    let _serving = serve(&queue, 4, echo);
+    let client = client();
+    let asked = std::cell::Cell::new(0);
+    let requests = (0..CALLS).map(|_| {
+        asked.set(asked.get() + 1);
+        client.request(&queue)
+    });
+    let mut before = 0;
+    for answer in client.call_many(requests, 4) {
+        answer.result.unwrap();
+        assert!(
+            asked.get() > before || asked.get() == CALLS,
+            "no other was sent for the one that was given out"
+        );
+        before = asked.get();
+        thread::sleep(Duration::from_millis(20)); // meanwhile all are answered
+    }
+    assert_eq!(asked.get(), CALLS);
+}
+
+#[test]
 fn calls_that_time_out_tell_each_of_its_own_queue() {
     let (busy, idle) = (unique("busy"), unique("idle"));
     let (open, wait) = gate();
@@ -383,6 +416,12 @@ fn what_could_never_work_is_an_invalid_argument_at_once() {
         (client.request("q").header("", "1"), "name is empty"),
         (client.request("q").header("x-error-kind", "1"), "reserved"),
         (client.request("q").content_type(&long), "content type"),
+        (
+            (0..16_000).fold(client.request("q"), |request, number| {
+                request.header(format!("{number:x}"), "")
+            }),
+            "the headers have",
+        ),
     ] {
         match request.send("") {
             Err(Error::InvalidArgument(reason)) => assert!(reason.contains(said), "{reason}"),

@@ -534,6 +534,23 @@ impl<'c, I: Iterator> CallMany<'c, I> {
         }
     }
 
+    /// Submits the next request, if there is one and room for it.
+    fn submit_one<'r>(&mut self) -> bool
+    where
+        I: Iterator<Item = RequestBuilder<'r>>,
+    {
+        if self.answers.len() >= self.window {
+            return false;
+        }
+        let Some(request) = self.requests.next() else {
+            return false;
+        };
+        let key = self.given + self.answers.len() as u64;
+        self.calls.submit(key, request);
+        self.answers.push_back(None);
+        true
+    }
+
     /// Keeps an answer until it is its turn.
     fn keep(&mut self, answer: Answer<u64>) {
         let index = usize::try_from(answer.key - self.given);
@@ -553,6 +570,10 @@ where
     /// blocks until this one is answered, at most until its deadline, and for as long as the
     /// iterator of the requests blocks. `None` when all are answered.
     fn next(&mut self) -> Option<Answer<u64>> {
+        // One goes out for each that was given out, so that the servers do not run dry.
+        if self.given > 0 {
+            self.submit_one();
+        }
         loop {
             // What is there is given out before the iterator is asked for more: it may take its
             // time.
@@ -564,16 +585,10 @@ where
                 self.given += 1;
                 return Some(answer);
             }
-            if self.answers.len() < self.window
-                && let Some(request) = self.requests.next()
-            {
-                let key = self.given + self.answers.len() as u64;
-                self.calls.submit(key, request);
-                self.answers.push_back(None);
-                continue;
+            if !self.submit_one() {
+                let answer = self.calls.next()?;
+                self.keep(answer);
             }
-            let answer = self.calls.next()?;
-            self.keep(answer);
         }
     }
 }

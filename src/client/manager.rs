@@ -310,7 +310,7 @@ impl Manager {
                 },
                 default(wait) => {}
             }
-            let asked_after = {
+            let (asked_after, blocked) = {
                 let mut state = self.shared.lock();
                 if state.closing {
                     return End::Closing;
@@ -318,9 +318,10 @@ impl Manager {
                 if state.broken >= link.generation {
                     return End::Lost(GONE.to_owned());
                 }
-                std::mem::take(&mut state.asked_after)
+                let asked_after = std::mem::take(&mut state.asked_after);
+                (asked_after, state.blocked.is_some())
             };
-            if next_look.is_some_and(|at| at <= Instant::now()) {
+            if !blocked && next_look.is_some_and(|at| at <= Instant::now()) {
                 // What a closed channel leaves to be told must not be taken for an event of a new
                 // one that gets its number.
                 if told.is_empty()

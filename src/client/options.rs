@@ -66,7 +66,7 @@ pub enum Retry {
     /// was purged or deleted, or was on another node of a cluster that died. The price: a request
     /// that takes longer, in the handler or in a long queue before it, is executed more than once,
     /// which adds to the load of a server that is late already. So choose longer than an answer
-    /// ever takes. A time of 0 is not refused: the request then leaves every 50 ms.
+    /// ever takes; 0 is refused.
     Unanswered(Duration),
 }
 

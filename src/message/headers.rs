@@ -4,9 +4,13 @@ use crate::amqp::frame::SHORT_STRING_MAX;
 use crate::amqp::incoming::{FieldValue, Table};
 use std::fmt;
 
-/// How long all names and values of a message may be together, in bytes. They travel in one frame,
+/// How long the headers of a message may be on the wire, in bytes. They travel in one frame,
 /// and RabbitMQ's frames have 128 KiB unless configured otherwise.
 pub(crate) const HEADERS_MAX: usize = 64 << 10;
+
+/// What a field takes on the wire beside its name and value, in bytes: their lengths, one and four,
+/// and the type.
+const FIELD_OVERHEAD: usize = 6;
 
 /// The header that marks a reply as an error. A client that does not know it prints the reply's
 /// body, which is a sentence.
@@ -48,7 +52,7 @@ impl Headers {
 
     /// Sets the value under a name; one that is there already is replaced. A name has 1 to 255
     /// bytes; `x-error-kind` is reserved, and so are `CC` and `BCC`, by which RabbitMQ sends copies
-    /// to other queues; all names and values have at most 64 KiB together.
+    /// to other queues; all names and values, and 6 bytes more for each, have at most 64 KiB together.
     ///
     /// That is checked when the headers are sent: a request then ends with
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument), a response becomes an error of
@@ -119,7 +123,7 @@ impl Headers {
     pub(crate) fn check(&self) -> Result<(), InvalidHeaders> {
         let mut total = 0;
         for (name, value) in self.iter() {
-            total += name.len() + value.len();
+            total += name.len() + value.len() + FIELD_OVERHEAD;
             if name.is_empty() {
                 return Err(InvalidHeaders("a header's name is empty".to_owned()));
             }
@@ -185,15 +189,17 @@ mod tests {
             (&*"n".repeat(256), "1", "256 bytes"),
             (ERROR_KIND, "internal", "x-error-kind"),
             ("CC", "elsewhere", "'CC' is reserved"),
-            ("n", &*"v".repeat(HEADERS_MAX), "65537 bytes"),
+            ("n", &*"v".repeat(HEADERS_MAX), "65543 bytes"),
         ] {
             let headers: Headers = [(name, value)].into_iter().collect();
             let said = headers.check().unwrap_err().to_string();
             assert!(said.contains(expected), "{said}");
         }
-        let headers: Headers = [("n".repeat(255), "v".repeat(HEADERS_MAX - 255))]
-            .into_iter()
-            .collect();
+        let longest = "v".repeat(HEADERS_MAX - 255 - FIELD_OVERHEAD);
+        let headers: Headers = [("n".repeat(255), longest)].into_iter().collect();
         assert_eq!(headers.check(), Ok(()));
+        // Many short ones are long together.
+        let short = (0..16_000).map(|number| (format!("{number:x}"), ""));
+        assert!(short.collect::<Headers>().check().is_err());
     }
 }

@@ -79,9 +79,11 @@ impl Request {
         redelivered: bool,
         arrived: Instant,
     ) -> Request {
+        // 0 asks for a consumer that is waiting, which there was; it is no time that anybody waits.
         let milliseconds = properties
             .expiration
-            .and_then(|text| str::from_utf8(text).ok()?.parse().ok());
+            .and_then(|text| str::from_utf8(text).ok()?.parse().ok())
+            .filter(|&time| time > 0);
         Request {
             body,
             content_type: properties
@@ -180,9 +182,10 @@ mod tests {
     }
 
     #[test]
-    fn an_expiration_that_is_no_number_is_none() {
+    fn an_expiration_that_is_no_time_is_none() {
         for expiration in [
             &b""[..],
+            b"0",
             b"soon",
             b"-1",
             b"\xff",

@@ -4,7 +4,7 @@
 //! A worker that is still busy with a request of the old connection is not disturbed; there are
 //! never more handlers running than workers.
 
-use crate::amqp::channel::Channel;
+use crate::amqp::channel::{Channel, SETUP_TIME};
 use crate::amqp::connection::Connection;
 use crate::amqp::error::GONE;
 use crate::amqp::frame::{put_cancel, put_consume, put_qos, put_requeue};
@@ -54,6 +54,9 @@ pub(crate) struct Supervisor {
 /// The first start, which has a deadline.
 pub(crate) struct Starting {
     pub give_up_at: Instant,
+    /// Why an attempt failed that was not cut off by the deadline. It tells more than that there
+    /// was no answer in time.
+    pub latest: Option<Error>,
     /// Disconnected when it is over.
     pub _waiting: Sender<Never>,
 }
@@ -97,7 +100,9 @@ impl Supervisor {
             };
             self.queue.end_session(self.number);
             // Closing tells the true cause, if it was the connection.
-            if let Err(reason) = connection.close() {
+            if let Err(reason) = connection.close()
+                && matches!(error, Error::ConnectionLost { .. })
+            {
                 error = Error::ConnectionLost { reason };
             }
             log::warn!(
@@ -140,20 +145,29 @@ impl Supervisor {
     /// # Errors
     ///
     /// Why it could not start.
-    fn check_patience(&self, error: Error, wait: Duration) -> Result<(), Error> {
-        let Some(starting) = &self.starting else {
+    fn check_patience(&mut self, error: Error, wait: Duration) -> Result<(), Error> {
+        let Some(starting) = &mut self.starting else {
             return Ok(());
         };
-        match error {
-            Error::QueueRefused { .. } => Err(error),
-            _ if Instant::now() + wait < starting.give_up_at => Ok(()),
+        let error = match error {
             // It was reached, and does not let us begin.
-            Error::ConnectionLost { reason } => Err(Error::Unreachable {
+            Error::ConnectionLost { reason } => Error::Unreachable {
                 endpoint: self.options.endpoints.to_string(),
                 reason,
                 source: None,
-            }),
-            error => Err(error),
+            },
+            other => other,
+        };
+        let now = Instant::now();
+        if matches!(error, Error::QueueRefused { .. }) {
+            Err(error)
+        } else if now >= starting.give_up_at {
+            Err(starting.latest.take().unwrap_or(error))
+        } else if now + wait >= starting.give_up_at {
+            Err(error)
+        } else {
+            starting.latest = Some(error);
+            Ok(())
         }
     }
 
@@ -214,6 +228,14 @@ impl Supervisor {
         // The broker may have closed the channel on which we have asked after the queue, and a new
         // one gets its number.
         while self.told.try_recv().is_ok() {}
+        // A broker that is alive may still not answer `basic.consume`: a quorum queue without a
+        // majority, for example.
+        let patience = match &self.starting {
+            Some(Starting { give_up_at, .. }) => time_left(*give_up_at),
+            None => SETUP_TIME,
+        };
+        let consume_by = after(Instant::now(), patience);
+        let mut watchdog = Some(connection.outbox.abort_after(patience));
         for _ in 0..self.options.workers {
             match connection.open_channel() {
                 Ok(channel) => channels.push(channel),
@@ -227,7 +249,16 @@ impl Supervisor {
         loop {
             let event = select! {
                 recv(self.told) -> event => event,
-                recv(connection.down) -> _ => return End::lost(GONE),
+                recv(connection.down) -> _ => {
+                    if watchdog.is_none() || Instant::now() < consume_by {
+                        return End::lost(GONE);
+                    }
+                    return End::Lost(Error::Unreachable {
+                        endpoint: self.options.endpoints.to_string(),
+                        reason: "it does not answer basic.consume".to_owned(),
+                        source: None,
+                    });
+                }
                 recv(self.stop) -> _ => return End::Stopping,
             };
             match event {
@@ -238,6 +269,7 @@ impl Supervisor {
                     Incoming::Channel(channel, ChannelEvent::Consuming) => {
                         let first = consuming.insert(channel);
                         if first && consuming.len() == channels.len() {
+                            watchdog = None;
                             self.announce(connection);
                         }
                     }
@@ -386,7 +418,9 @@ impl Supervisor {
 /// What happened, without what it happened to.
 fn reason_of(error: &Error) -> String {
     match error {
-        Error::ConnectionLost { reason } | Error::QueueRefused { reason, .. } => reason.clone(),
+        Error::ConnectionLost { reason }
+        | Error::QueueRefused { reason, .. }
+        | Error::Unreachable { reason, .. } => reason.clone(),
         other => other.to_string(),
     }
 }

@@ -79,10 +79,10 @@ impl Worker {
         // The handler is shared by reference and has no state of ours to leave half changed.
         let outcome = catch_unwind(AssertUnwindSafe(|| (self.handler)(request)));
         let outcome = outcome.unwrap_or_else(|panic| {
-            Err(RemoteError::internal(format!(
-                "the handler panicked: {}",
-                panic_message(&*panic)
-            )))
+            let message = format!("the handler panicked: {}", panic_message(&*panic));
+            // What a panic carries may panic itself when it is dropped.
+            std::mem::forget(panic);
+            Err(RemoteError::internal(message))
         });
         let counter = if outcome.is_ok() {
             &self.stats.answered

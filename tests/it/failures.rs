@@ -425,9 +425,50 @@ fn a_server_that_cannot_serve_says_why_at_its_first_start_and_ends_with_6() {
         assert!(server.stderr.contains(said), "{said}: {}", server.stderr);
         assert!(!server.stderr.contains("secret"), "{}", server.stderr);
         assert_eq!(server.stdout, "");
+        let told = server.stderr.matches("error: ").count();
+        assert_eq!(told, 1, "once: {}", server.stderr);
+        assert!(!server.stderr.contains("stopping"), "{}", server.stderr);
     }
+    // A broker that refuses a user takes its time, and the last attempt is cut off.
+    let wrong = broker.url.replace("guest:guest", "guest:hunter2");
+    let server = run(fibrpc(&wrong, "q").args(["server", "--connect-timeout", "5s"]));
+    assert_eq!(server.code(), Some(6));
+    let last = server
+        .stderr
+        .lines()
+        .rfind(|line| line.starts_with("error: "));
+    assert!(
+        last.unwrap().contains("refused the user"),
+        "{}",
+        server.stderr
+    );
     // amiquip's trap: never drop a live consumer.
     consumer.cancel().unwrap();
+}
+
+#[test]
+fn a_first_start_ends_in_time_though_the_queue_does_not_answer() {
+    let broker = PrivateBroker::start();
+    let queue = unique("hangs");
+    let peer = Peer::connect(&broker.url);
+    peer.channel
+        .queue_declare(&*queue, QueueDeclareOptions::default())
+        .unwrap();
+    // The broker is alive, and the queue's process is not.
+    broker.ctl(&[
+        "eval",
+        &format!(
+            "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
+             sys:suspend(amqqueue:get_pid(Q))."
+        ),
+    ]);
+    let server = run(fibrpc(&broker.url, &queue).args(["server", "--connect-timeout", "2s"]));
+    assert_eq!(server.code(), Some(6), "{}", server.stderr);
+    assert!(
+        server.stderr.contains("does not answer"),
+        "{}",
+        server.stderr
+    );
 }
 
 #[test]

@@ -284,6 +284,15 @@ fn bad_requests_are_answered_with_their_kind_and_the_next_is_served() {
 }
 
 #[test]
+fn a_request_that_was_to_be_delivered_at_once_or_not_at_all_is_executed() {
+    let queue = unique("at-once");
+    let _server = server(&url(), &queue, &["--quiet", "--workers", "1"]);
+    let peer = Peer::connect(&url());
+    let at_once = with_id("1").with_expiration("0".to_owned());
+    assert_eq!(peer.ask(&queue, b"10", at_once).body, b"55");
+}
+
+#[test]
 fn a_request_without_reply_to_is_acked_and_logged() {
     let queue = unique("no-reply-to");
     let server = server(&url(), &queue, &["--workers", "1"]);
