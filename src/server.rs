@@ -156,7 +156,7 @@ impl Server {
     /// Starts the server; returns when every worker consumes.
     ///
     /// Blocks for at most the [connect timeout](Server::connect_timeout), in which it tries again
-    /// and again; for up to 30 s more if a broker lets us in and is then slow to answer.
+    /// and again, and for half a second more.
     ///
     /// **After the first start, the server reconnects by itself, for ever**: it waits 0.1 s between
     /// attempts, doubling to 5 s. If the queue was deleted, it declares it again.

@@ -162,7 +162,7 @@ impl Supervisor {
         if matches!(error, Error::QueueRefused { .. }) {
             Err(error)
         } else if now >= starting.give_up_at {
-            Err(starting.latest.take().unwrap_or(error))
+            Err(after_another(starting.latest.take(), error))
         } else if now + wait >= starting.give_up_at {
             Err(error)
         } else {
@@ -412,6 +412,25 @@ impl Supervisor {
             );
             return Ok(());
         }
+    }
+}
+
+/// An error that came of being cut off, and what it came after.
+fn after_another(before: Option<Error>, error: Error) -> Error {
+    let Some(before) = before else {
+        return error;
+    };
+    match before {
+        Error::Unreachable {
+            endpoint,
+            reason,
+            source,
+        } => Error::Unreachable {
+            endpoint,
+            reason: format!("{reason}; then {}", reason_of(&error)),
+            source,
+        },
+        other => other,
     }
 }
 
