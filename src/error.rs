@@ -274,6 +274,18 @@ impl StdError for Error {
     }
 }
 
+impl Error {
+    /// What happened, without what it happened to: for a log line that has said that already.
+    pub(crate) fn reason(&self) -> String {
+        match self {
+            Error::Unreachable { reason, .. }
+            | Error::ConnectionLost { reason }
+            | Error::QueueRefused { reason, .. } => reason.clone(),
+            other => other.to_string(),
+        }
+    }
+}
+
 impl From<InvalidUrl> for Error {
     fn from(error: InvalidUrl) -> Error {
         Error::InvalidUrl(error)

@@ -102,12 +102,12 @@ impl Manager {
             let mut state = self.shared.lock();
             let retry = state.generation > 0 || options.wait_for_server;
             if retry {
-                state.last_error = Some(reason_of(error));
+                state.last_error = Some(error.reason());
             }
             retry
         };
         if retry {
-            let reason = reason_of(error);
+            let reason = error.reason();
             log::warn!(
                 "no connection to {}: {reason}; trying again",
                 options.endpoints
@@ -438,13 +438,5 @@ impl Manager {
             let stats = &self.shared.stats;
             stats.republished.fetch_add(again, Ordering::Relaxed);
         }
-    }
-}
-
-/// What happened, without what it happened to.
-fn reason_of(error: &Error) -> String {
-    match error {
-        Error::Unreachable { reason, .. } | Error::ConnectionLost { reason } => reason.clone(),
-        other => other.to_string(),
     }
 }

@@ -108,7 +108,7 @@ impl Supervisor {
             log::warn!(
                 "lost the connection {}: {}",
                 connection.name,
-                reason_of(&error)
+                error.reason()
             );
             backoff.held_for(began.elapsed());
             let wait = backoff.next();
@@ -427,19 +427,9 @@ fn after_another(before: Option<Error>, error: Error) -> Error {
             source,
         } => Error::Unreachable {
             endpoint,
-            reason: format!("{reason}; then {}", reason_of(&error)),
+            reason: format!("{reason}; then {}", error.reason()),
             source,
         },
         other => other,
-    }
-}
-
-/// What happened, without what it happened to.
-fn reason_of(error: &Error) -> String {
-    match error {
-        Error::ConnectionLost { reason }
-        | Error::QueueRefused { reason, .. }
-        | Error::Unreachable { reason, .. } => reason.clone(),
-        other => other.to_string(),
     }
 }
