@@ -34,8 +34,8 @@ chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=6
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
 		$(CARGO) test --locked --release --test it chaos -- --nocapture
 
-cluster: ## three RabbitMQ nodes, a quorum queue, a load; each node is killed and comes back
-	CLUSTER_KILLS=3 $(CARGO) test --locked --release --test it cluster -- --nocapture
+cluster: ## three RabbitMQ nodes, a quorum queue, a load; its leader is killed ten times
+	CLUSTER_KILLS=10 $(CARGO) test --locked --release --test it cluster -- --nocapture
 
 compare: build ## fibrpc beside other libraries in C, Rust, Go, JavaScript, Python: medians of ROUNDS=5
 	@scripts/peers

@@ -28,7 +28,7 @@ use crate::message::Reply;
 use calls::{CallMany, Calls, RequestBuilder};
 use crossbeam_channel::{Receiver, bounded};
 use manager::Manager;
-use options::{Options, ReplyTo, Retry, check_times};
+use options::{Confirms, Options, ReplyTo, Retry, check_times};
 use pending::Shared;
 use std::fmt;
 use std::sync::Arc;
@@ -137,6 +137,13 @@ impl ClientBuilder {
     /// Where replies are to be sent. Default: [`ReplyTo::Queue`].
     pub fn reply_to(mut self, reply_to: ReplyTo) -> ClientBuilder {
         self.options.reply_to = reply_to;
+        self
+    }
+
+    /// Whether the broker is to confirm each request that it has taken. Default:
+    /// [`Confirms::Auto`].
+    pub fn confirms(mut self, confirms: Confirms) -> ClientBuilder {
+        self.options.confirms = confirms;
         self
     }
 
@@ -284,9 +291,10 @@ impl Client {
     /// - [`Error::Remote`]: the server answered with an error.
     /// - [`Error::ConnectionLost`]: the connection was lost after the request was sent, and
     ///   [`Retry::Never`] forbids to send it again.
-    /// - [`Error::QueueRefused`]: the broker closed the channel because of a request: the user may
-    ///   not publish (403), or the body is over the broker's own limit (406). All calls of the
-    ///   client that are in flight end with it, whichever was the cause.
+    /// - [`Error::Rejected`] (*no*): the broker did not take the request: its body is over the
+    ///   broker's limit, or, where it [confirms](ClientBuilder::confirms), its queue is full.
+    /// - [`Error::QueueRefused`] (*no*): the user may not publish (403), which ends all calls of the
+    ///   client that are in flight.
     /// - [`Error::Closed`]: [`Client::close`] was called, before or meanwhile.
     ///
     /// ```no_run

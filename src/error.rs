@@ -59,6 +59,17 @@ pub enum Error {
         /// The request queue.
         queue: String,
     },
+    /// The broker did not take the request, which was not executed: its body is over the broker's
+    /// limit (`max_message_size`; RabbitMQ 4: 16 MiB unless configured otherwise), or its queue is
+    /// full and refuses more, which is known where the broker
+    /// [confirms](crate::ClientBuilder::confirms).
+    /// Source: <https://www.rabbitmq.com/docs/maxlength#overflow-behaviour>.
+    Rejected {
+        /// The request queue.
+        queue: String,
+        /// Why, and what may help.
+        reason: String,
+    },
     /// The deadline passed. The request may or may not have been executed.
     Timeout {
         /// The call's timeout.
@@ -82,8 +93,7 @@ pub enum Error {
     /// moment (406), it is another connection's own (405), or we lack the permission (403); 541 is
     /// what a broker says that refuses transient queues.
     ///
-    /// To a client: we may not publish or consume (403), or a request is over the broker's limit
-    /// (406), whatever the way out that `reason` names.
+    /// To a client: we may not publish or consume (403).
     /// Source: <https://www.rabbitmq.com/docs/access-control>.
     QueueRefused {
         /// The request queue.
@@ -182,6 +192,10 @@ impl fmt::Display for Error {
                 f,
                 "no server: the queue '{queue}' does not exist (a running server declares it)"
             ),
+            Error::Rejected { queue, reason } => write!(
+                f,
+                "the broker did not take the request for the queue '{queue}': {reason}"
+            ),
             Error::Timeout { after, waiting_for } => {
                 write!(f, "no answer within {after:?}: {waiting_for}")
             }
@@ -275,6 +289,26 @@ impl StdError for Error {
 }
 
 impl Error {
+    /// A request is longer than the broker takes.
+    pub(crate) fn too_long(queue: &str, max: usize) -> Error {
+        Error::Rejected {
+            queue: queue.to_owned(),
+            reason: format!(
+                "it takes {max} bytes; send less, or set max_message_size in its rabbitmq.conf"
+            ),
+        }
+    }
+
+    /// The broker says that it has not taken a request.
+    pub(crate) fn refused(queue: &str) -> Error {
+        Error::Rejected {
+            queue: queue.to_owned(),
+            reason: "the queue is full (x-max-length), or has lost its node; start more servers, \
+                     or try again"
+                .to_owned(),
+        }
+    }
+
     /// What happened, without what it happened to: for a log line that has said that already.
     pub(crate) fn reason(&self) -> String {
         match self {
@@ -305,7 +339,7 @@ impl From<amqp::error::Error> for Error {
                 source,
             },
             amqp::error::Error::Lost { reason } => Error::ConnectionLost { reason },
-            amqp::error::Error::QueueRefused { queue, reason, .. } => {
+            amqp::error::Error::QueueRefused { queue, reason } => {
                 Error::QueueRefused { queue, reason }
             }
         }

@@ -77,7 +77,7 @@ pub use amqp::queue::{QueueStatus, QueueType};
 #[cfg(feature = "tls")]
 pub use amqp::tls::TlsOptions;
 pub use client::calls::{Answer, CallMany, Calls, RequestBuilder};
-pub use client::options::{ReplyTo, Retry};
+pub use client::options::{Confirms, ReplyTo, Retry};
 pub use client::{Client, ClientBuilder, ClientStats};
 pub use error::{Error, WaitingFor};
 pub use message::headers::Headers;

@@ -26,6 +26,10 @@ pub(crate) const MESSAGE_MAX: usize = 128 << 20;
 /// The longest kind of an error, in bytes.
 const KIND_MAX: usize = 64;
 
+/// The longest text of an error that is sent, in bytes. It is to be a sentence, and what is longer
+/// than the broker takes would not arrive at all.
+const ERROR_TEXT_MAX: usize = 64 << 10;
+
 /// What a handler answers, as the message that it becomes.
 ///
 /// Bytes and texts are responses by themselves: `Ok(bytes)` is `Ok(Response::new(bytes))`. So are
@@ -34,9 +38,8 @@ const KIND_MAX: usize = 64;
 ///
 /// One that cannot be sent reaches the caller as an error of kind `internal` that says why: a
 /// header not within the limits of [`Headers::insert`], a content type over 255 bytes, a body over
-/// 128 MiB. A broker may take less than that (RabbitMQ 4: 16 MiB unless configured otherwise), and
-/// what it does not take costs the connection: the server reconnects, and executes the request
-/// again and again until it expires.
+/// the broker's limit (RabbitMQ 4: 16 MiB, RabbitMQ 3: 128 MiB, unless configured otherwise).
+/// Source: `max_message_size` in <https://www.rabbitmq.com/docs/configure>.
 ///
 /// ```
 /// use fibrpc::Response;
@@ -108,27 +111,33 @@ impl Response {
         }
     }
 
-    /// Passes on what can be sent.
+    /// Passes on what AMQP can carry.
     ///
     /// # Errors
     ///
     /// Of kind `internal`: what is wrong with it.
     pub(crate) fn checked(self) -> Result<Response, RemoteError> {
-        let reason = if let Err(error) = self.headers.check() {
-            error.to_string()
+        if let Err(error) = self.headers.check() {
+            Err(RemoteError::unsendable(&error.to_string()))
         } else if let Err(error) = check_content_type(self.content_type()) {
-            error
-        } else if self.body.len() > MESSAGE_MAX {
-            format!(
-                "the body has {} bytes, and the broker takes {MESSAGE_MAX}",
-                self.body.len()
-            )
+            Err(RemoteError::unsendable(&error))
         } else {
-            return Ok(self);
-        };
-        Err(RemoteError::internal(format!(
-            "the handler's response cannot be sent: {reason}"
-        )))
+            Ok(self)
+        }
+    }
+
+    /// Passes on what a broker takes that takes `max` bytes.
+    ///
+    /// # Errors
+    ///
+    /// Of kind `internal`: it is longer.
+    pub(crate) fn fitting(self, max: usize) -> Result<Response, RemoteError> {
+        match self.body.len() {
+            len if len > max => Err(RemoteError::unsendable(&format!(
+                "the body has {len} bytes, and the broker takes {max} (max_message_size)"
+            ))),
+            _ => Ok(self),
+        }
     }
 }
 
@@ -270,7 +279,8 @@ impl RemoteError {
     pub const INTERNAL: &'static str = "internal";
 
     /// An error of a kind of your own. A kind that is not one (see [`RemoteError`]) is sent as
-    /// `internal`, and the server's log says so; it is kept as it is until then.
+    /// `internal`, and the server's log says so; of a message over 64 KiB, the beginning is sent.
+    /// Both are kept as they are until then.
     pub fn new(kind: impl Into<String>, message: impl Into<String>) -> RemoteError {
         RemoteError {
             kind: kind.into(),
@@ -303,6 +313,11 @@ impl RemoteError {
         RemoteError::new(RemoteError::INTERNAL, message)
     }
 
+    /// What a handler answers cannot be sent.
+    pub(crate) fn unsendable(reason: &str) -> RemoteError {
+        RemoteError::internal(format!("the handler's response cannot be sent: {reason}"))
+    }
+
     /// The kind, as in the header `x-error-kind`. From a server that is not ours it may be any
     /// text.
     pub fn kind(&self) -> &str {
@@ -326,7 +341,12 @@ impl RemoteError {
     }
 
     /// The message that it becomes.
-    pub(crate) fn into_response(self) -> Response {
+    pub(crate) fn into_response(mut self) -> Response {
+        if self.message.len() > ERROR_TEXT_MAX {
+            let end = self.message.floor_char_boundary(ERROR_TEXT_MAX);
+            self.message.truncate(end);
+            self.message.push_str("...");
+        }
         let kind = match self.has_valid_kind() {
             true => Cow::Owned(self.kind),
             false => Cow::Borrowed(RemoteError::INTERNAL),
@@ -517,7 +537,8 @@ mod tests {
             ),
             (Response::new(vec![0; MESSAGE_MAX + 1]), "the broker takes"),
         ] {
-            let error = response.checked().unwrap_err();
+            let sendable = response.checked().and_then(|one| one.fitting(MESSAGE_MAX));
+            let error = sendable.unwrap_err();
             assert_eq!(error.kind(), "internal");
             assert!(error.message().contains(words), "{error}");
         }

@@ -9,6 +9,7 @@
 mod options;
 pub(crate) mod request; // what a handler sees
 mod supervisor; // the thread that keeps the server connected
+mod suspects; // requests whose replies the broker does not take
 mod work_queue; // where requests meet workers
 mod worker; // the threads that run the handler
 
@@ -172,8 +173,9 @@ impl Server {
     /// and its worker goes on. A program built with `panic = "abort"` ends instead.
     ///
     /// **One that blocks** keeps its own worker, and nothing else, from going on; no timeout ends
-    /// it. After 30 minutes, unless configured otherwise, RabbitMQ closes the channel: the server
-    /// reconnects, and every request that it has begun is delivered again.
+    /// it. After 30 minutes, unless configured otherwise, RabbitMQ closes its channel and delivers
+    /// the request again, perhaps to another server, which executes it, too. This one does not
+    /// begin it a second time, and its answer is sent when it is there.
     /// Source: <https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout>.
     ///
     /// **It must be idempotent**: executing a request twice must do what executing it once does. A
@@ -234,7 +236,11 @@ impl Server {
         let (events, told) = unbounded();
         let worker = Arc::new(Worker {
             handler: Box::new(handler),
-            queue: Arc::new(WorkQueue::new(events)),
+            queue: Arc::new(WorkQueue::new(
+                events,
+                self.options.workers,
+                self.options.prefetch,
+            )),
             stats: Arc::default(),
         });
         let give_up_at = after(Instant::now(), self.options.connect_timeout);
@@ -290,11 +296,11 @@ impl Server {
 /// Starts the threads that run the handler. Nobody joins them: one whose handler does not return
 /// is left behind.
 fn start_workers(worker: &Arc<Worker>, count: usize) -> Result<(), Error> {
-    for index in 1..=count {
+    for number in 0..count {
         let started = Arc::clone(worker);
         thread::Builder::new()
-            .name(format!("fibrpc-worker-{index}"))
-            .spawn(move || started.run())
+            .name(format!("fibrpc-worker-{}", number + 1))
+            .spawn(move || started.run(number))
             .map_err(|error| {
                 worker.queue.close();
                 no_thread(&error)

@@ -2,11 +2,14 @@
 
 use crate::amqp::connection::Connection;
 use crate::amqp::endpoint::{Endpoints, InvalidUrl};
-use crate::amqp::inbox::Discard;
-use crate::amqp::queue::{self, QueueStatus};
-use crate::amqp::time::{after, time_left};
+use crate::amqp::error::{Error as AmqpError, GONE};
+use crate::amqp::inbox::Sink;
+use crate::amqp::incoming::{ChannelEvent, Incoming};
+use crate::amqp::queue::{self, Events, QueueStatus};
+use crate::amqp::time::after;
 use crate::error::Error;
 use crate::message;
+use crossbeam_channel::{Receiver, select, unbounded};
 use std::time::{Duration, Instant};
 
 /// What a broker says of itself and of a request queue: for a health check. It says whether
@@ -62,14 +65,12 @@ impl Status {
         let endpoints = brokers.try_into().map_err(InvalidUrl::from)?;
         message::check_queue_name(queue).map_err(Error::InvalidArgument)?;
         let deadline = after(Instant::now(), timeout);
-        let mut connection =
-            Connection::open(&endpoints, "status", deadline, &|| Box::new(Discard))?;
-        let _watchdog = connection.outbox.abort_after(time_left(deadline));
+        let (events, told) = unbounded();
+        let sink = || -> Box<dyn Sink> { Box::new(events.clone()) };
+        let mut connection = Connection::open(&endpoints, "status", deadline, &sink)?;
         let began = Instant::now();
-        let channel = connection.open_channel()?;
+        let status = queue::status(&mut connection, &mut Told { told, deadline }, queue)?;
         let round_trip = began.elapsed();
-        let status = queue::status(&mut connection, queue)?;
-        drop(channel);
         let property = |name| {
             connection
                 .server_property(name)
@@ -82,5 +83,36 @@ impl Status {
             queue: status,
             round_trip,
         })
+    }
+}
+
+/// What comes in on the connection until the deadline.
+struct Told {
+    told: Receiver<Incoming>,
+    deadline: Instant,
+}
+
+impl Events for Told {
+    fn next_of(
+        &mut self,
+        connection: &mut Connection,
+        channel: u16,
+    ) -> Result<ChannelEvent, AmqpError> {
+        let lost = |reason: &str| AmqpError::Lost {
+            reason: reason.to_owned(),
+        };
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            let incoming = select! {
+                recv(self.told) -> incoming => incoming.map_err(|_| lost(GONE))?,
+                recv(connection.down) -> _ => return Err(lost(GONE)),
+                default(left) => return Err(lost("no answer in time")),
+            };
+            connection.note(&incoming);
+            match incoming {
+                Incoming::Channel(id, event) if id == channel => return Ok(event),
+                _ => {}
+            }
+        }
     }
 }

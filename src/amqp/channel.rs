@@ -1,29 +1,34 @@
-//! A channel: amiquip's, with a deadline for every round trip.
+//! A channel: a number on a connection, and whether more may be said on it.
+//!
+//! Any thread says something on a channel by writing frames ([`super::frame`]), and waits for
+//! nothing. What the broker answers comes back as events ([`ChannelEvent`]), through the
+//! connection's sink or by whoever reads.
 
+use crate::amqp::frame::{put_close, put_close_ok};
 use crate::amqp::outbox::Outbox;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// How long a round trip on a live connection may take: opening a channel, declaring a queue.
 /// Longer than two of the default heartbeats, so that a dead broker is found out as that.
 pub(crate) const SETUP_TIME: Duration = Duration::from_secs(30);
 
-/// A channel.
-///
-/// Dropped, it is closed, which is a round trip behind everything that was sent on it.
+/// A channel. Made by [`Connection::open_channel`](super::connection::Connection::open_channel).
 pub(crate) struct Channel {
-    /// `None` only while being dropped.
-    inner: Option<amiquip::Channel>,
     id: u16,
     outbox: Arc<Outbox>,
+    /// Whether more may be sent on it. Read and written with the outbox locked: so nothing follows
+    /// what closes it, for which the broker would close the connection (504).
+    open: AtomicBool,
 }
 
 impl Channel {
-    pub(super) fn new(channel: amiquip::Channel, outbox: Arc<Outbox>) -> Channel {
+    pub(super) fn new(id: u16, outbox: Arc<Outbox>) -> Channel {
         Channel {
-            id: channel.channel_id(),
-            inner: Some(channel),
+            id,
             outbox,
+            open: AtomicBool::new(true),
         }
     }
 
@@ -32,27 +37,46 @@ impl Channel {
         self.id
     }
 
-    /// Makes a round trip; a broker that does not answer within [`SETUP_TIME`] loses the
-    /// connection.
-    ///
-    /// # Errors
-    ///
-    /// amiquip's.
-    pub(super) fn ask<T>(
-        &self,
-        question: impl FnOnce(&amiquip::Channel) -> amiquip::Result<T>,
-    ) -> amiquip::Result<T> {
-        let _watchdog = self.outbox.abort_after(SETUP_TIME);
-        match &self.inner {
-            Some(channel) => question(channel),
-            None => Err(amiquip::Error::ClientClosedChannel),
-        }
+    /// What goes out on it goes by this.
+    pub fn outbox(&self) -> &Outbox {
+        &self.outbox
     }
-}
 
-impl Drop for Channel {
-    fn drop(&mut self) {
-        let _watchdog = self.outbox.abort_after(SETUP_TIME);
-        drop(self.inner.take());
+    /// Whether more may be sent on it. To be called with the outbox locked, in the closure that
+    /// appends: only there it holds until the frames are in their place.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Sends the frames that `encode` appends for the channel of that number, whether there is room
+    /// or not: for what has a few octets. On a closed channel, it does nothing.
+    pub fn say(&self, encode: impl FnOnce(&mut Vec<u8>, u16)) {
+        // A dead connection is known by other ways.
+        let _ = self.outbox.send_anyway(|out| {
+            if self.is_open() {
+                encode(out, self.id);
+            }
+        });
+    }
+
+    /// Closes it: the broker does what it was told before, and then says
+    /// [`ClosedAsAsked`](super::incoming::ChannelEvent::ClosedAsAsked). Does not wait for that.
+    pub fn close(&self) {
+        let _ = self.outbox.send_anyway(|out| {
+            if self.open.swap(false, Ordering::Relaxed) {
+                put_close(out, self.id);
+            }
+        });
+    }
+
+    /// Answers the broker, which has closed it; says whether it had been open still.
+    pub(super) fn answer_close(&self) -> bool {
+        let mut was_open = false;
+        // Also if our own `channel.close` is on its way.
+        let _ = self.outbox.send_anyway(|out| {
+            was_open = self.open.swap(false, Ordering::Relaxed);
+            put_close_ok(out, self.id);
+        });
+        was_open
     }
 }

@@ -4,11 +4,13 @@
 //! [`Watchdog`](super::sync::Watchdog) is started before each: when its time is up, the socket is
 //! shut, and the round trip returns with an error.
 
-use crate::amqp::channel::{Channel, SETUP_TIME};
+use crate::amqp::channel::Channel;
 use crate::amqp::endpoint::{Endpoint, Endpoints};
-use crate::amqp::error::reply_code::NOT_ALLOWED;
 use crate::amqp::error::{Error, describe, reply_code};
+use crate::amqp::frame::put_open;
+use crate::amqp::frame::reply_code::NOT_ALLOWED;
 use crate::amqp::inbox::{Inbox, Sink};
+use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::outbox::Outbox;
 use crate::amqp::stream::{self, Credentials, Opened};
 use crate::amqp::sync::Never;
@@ -18,6 +20,7 @@ use crate::amqp::tls::TlsStream;
 use crate::amqp::transport::Transport;
 use amiquip::{AmqpValue, Auth, ConnectionOptions, ConnectionTuning};
 use crossbeam_channel::{Receiver, bounded};
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,6 +29,10 @@ use url::Host;
 
 /// How long an orderly close may take. It is a courtesy: the broker notices a closed socket, too.
 const CLOSE_TIME: Duration = Duration::from_millis(150);
+
+/// The longest frame that we ask for, in bytes: RabbitMQ's own, unless configured otherwise. One
+/// that sets no limit would send each message in a single frame.
+const FRAME_MAX: u32 = 128 << 10;
 
 /// A connection to a broker.
 ///
@@ -40,6 +47,10 @@ pub(crate) struct Connection {
     pub down: Receiver<Never>,
     /// The two addresses, which is the connection's name in the broker's own lists.
     pub name: String,
+    /// The channels that are not closed, by their numbers.
+    channels: HashMap<u16, Arc<Channel>>,
+    /// The number of the channel that was opened last.
+    latest_channel: u16,
 }
 
 impl Connection {
@@ -87,20 +98,52 @@ impl Connection {
         })
     }
 
-    /// Opens a channel.
+    /// Begins a channel. More can be said on it at once: what the broker answers, to this and to
+    /// that, comes in as events, which [`Connection::note`] has to see.
     ///
     /// # Errors
     ///
-    /// The connection died or the broker did not answer in time.
-    pub fn open_channel(&mut self) -> Result<Channel, Error> {
-        let _watchdog = self.outbox.abort_after(SETUP_TIME);
-        let opened = match &mut self.inner {
-            Some(inner) => inner.open_channel(None),
-            None => Err(amiquip::Error::ClientClosedConnection),
-        };
-        opened
-            .map(|channel| Channel::new(channel, Arc::clone(&self.outbox)))
-            .map_err(|error| Error::lost(&error))
+    /// The broker allows no more of them.
+    pub fn open_channel(&mut self) -> Result<Arc<Channel>, Error> {
+        let max = self.channel_max();
+        // Not the one that was closed last: so whatever is late is taken for what it is.
+        let next = |id: u16| if id < max { id + 1 } else { 1 };
+        let mut id = next(self.latest_channel);
+        while self.channels.contains_key(&id) {
+            if id == self.latest_channel {
+                return Err(Error::Lost {
+                    reason: format!("the broker allows {max} channels on a connection"),
+                });
+            }
+            id = next(id);
+        }
+        self.latest_channel = id;
+        let channel = Arc::new(Channel::new(id, Arc::clone(&self.outbox)));
+        self.channels.insert(id, Arc::clone(&channel));
+        channel.say(put_open);
+        Ok(channel)
+    }
+
+    /// How many channels the broker allows on a connection.
+    pub fn channel_max(&self) -> u16 {
+        self.inbox.tune().map_or(u16::MAX, |tune| tune.channel_max)
+    }
+
+    /// Sees what has come in, and answers the broker if it has closed a channel.
+    pub fn note(&mut self, incoming: &Incoming) {
+        match incoming {
+            Incoming::Channel(id, ChannelEvent::Closed(_)) => {
+                let was_open = self.channels.get(id).is_some_and(|one| one.answer_close());
+                // Otherwise the answer to our own `channel.close` is still to come.
+                if was_open {
+                    self.channels.remove(id);
+                }
+            }
+            Incoming::Channel(id, ChannelEvent::ClosedAsAsked) => {
+                self.channels.remove(id);
+            }
+            _ => {}
+        }
     }
 
     /// What the broker says of itself under this name, if that is a text.
@@ -271,6 +314,7 @@ impl Endpoint {
                 },
             })
             .virtual_host(&self.vhost)
+            .frame_max(FRAME_MAX)
             .heartbeat(self.heartbeat_seconds)
             .information(Some(format!("fibrpc {purpose}, pid {}", process::id())));
         let _watchdog = outbox.abort_after(time_left(deadline));
@@ -283,6 +327,8 @@ impl Endpoint {
                 outbox,
                 down,
                 name,
+                channels: HashMap::new(),
+                latest_channel: 0,
             }),
             Err(_) if Instant::now() >= deadline => {
                 Err(Failure::new("AMQP handshake: no answer in time"))
@@ -312,13 +358,14 @@ impl Endpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::amqp::inbox::Discard;
+    use crossbeam_channel::unbounded;
 
     #[test]
     fn a_name_that_does_not_resolve_is_unreachable_and_says_so() {
         let endpoints: Endpoints = "amqp://no-such-host.invalid".parse().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
-        let error = Connection::open(&endpoints, "test", deadline, &|| Box::new(Discard))
+        let (events, _told) = unbounded();
+        let error = Connection::open(&endpoints, "test", deadline, &|| Box::new(events.clone()))
             .map(drop)
             .unwrap_err();
         assert!(error.reason().contains("no-such-host.invalid"), "{error:?}");

@@ -116,6 +116,11 @@ impl Endpoints {
         }
     }
 
+    /// How many brokers there are.
+    pub(crate) fn len(&self) -> usize {
+        self.list.len()
+    }
+
     /// Says how brokers at `amqps://` are trusted, and how they are to trust us; to those at
     /// `amqp://` it means nothing. With the feature `tls`. Default: as [`TlsOptions::new`].
     ///

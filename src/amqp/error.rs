@@ -4,17 +4,6 @@ use crate::amqp::incoming::CloseReason;
 use std::error::Error as StdError;
 use std::sync::Arc;
 
-/// AMQP reply codes, as RabbitMQ uses them.
-/// Source: <https://www.rabbitmq.com/amqp-0-9-1-reference#constants>.
-pub(crate) mod reply_code {
-    pub const ACCESS_REFUSED: u16 = 403;
-    pub const NOT_FOUND: u16 = 404;
-    pub const RESOURCE_LOCKED: u16 = 405;
-    pub const PRECONDITION_FAILED: u16 = 406;
-    pub const NOT_ALLOWED: u16 = 530;
-    pub const INTERNAL_ERROR: u16 = 541;
-}
-
 /// What is said of a lost connection when nothing more is known.
 pub(crate) const GONE: &str = "the connection is gone";
 
@@ -32,20 +21,10 @@ pub(crate) enum Error {
     /// The connection or the channel was lost.
     Lost { reason: String },
     /// The broker does not let us have a queue.
-    QueueRefused {
-        queue: String,
-        /// The reply code.
-        code: u16,
-        reason: String,
-    },
+    QueueRefused { queue: String, reason: String },
 }
 
 impl Error {
-    pub fn lost(error: &amiquip::Error) -> Error {
-        let reason = describe(error);
-        Error::Lost { reason }
-    }
-
     /// What happened, without what it happened to.
     pub fn reason(&self) -> &str {
         match self {
@@ -59,8 +38,7 @@ impl Error {
 /// What an amiquip error means, in our words where its own mislead.
 pub(crate) fn describe(error: &amiquip::Error) -> String {
     match error {
-        amiquip::Error::ServerClosedConnection { code, message }
-        | amiquip::Error::ServerClosedChannel { code, message, .. } => {
+        amiquip::Error::ServerClosedConnection { code, message } => {
             let (code, text) = (*code, message.clone());
             CloseReason { code, text }.to_string()
         }
@@ -74,11 +52,10 @@ pub(crate) fn describe(error: &amiquip::Error) -> String {
     }
 }
 
-/// The reply code with which the broker closed the connection or the channel.
+/// The reply code with which the broker closed the connection.
 pub(crate) fn reply_code(error: &amiquip::Error) -> Option<u16> {
     match error {
-        amiquip::Error::ServerClosedConnection { code, .. }
-        | amiquip::Error::ServerClosedChannel { code, .. } => Some(*code),
+        amiquip::Error::ServerClosedConnection { code, .. } => Some(*code),
         _ => None,
     }
 }

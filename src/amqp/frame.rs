@@ -1,10 +1,11 @@
-//! The AMQP 0-9-1 frames that we write ourselves: the class `basic`. Pure; no I/O.
+//! The AMQP 0-9-1 frames that we write ourselves: all that is said on a channel. Pure; no I/O.
 //!
 //! Why write frames beside an AMQP library? A publish through amiquip is three messages to its
 //! I/O thread, and up to three wake-ups, three writes and three TCP segments; with the
 //! acknowledgement four. Written here, a reply and its ack are one buffer and one write, made by
-//! the thread that has computed the reply (see [`super::outbox`]). What comes back is read in
-//! [`super::incoming`].
+//! the thread that has computed the reply (see [`super::outbox`]). And nobody has to wait: a
+//! channel is opened, set up and consumed on in one write, and what the broker says to it comes
+//! back as events ([`super::incoming`]).
 //!
 //! Source of the layout: AMQP 0-9-1 specification, sections 2.3.5 (frames) and 4.2 (grammar),
 //! and RabbitMQ's errata for the types of a field table.
@@ -25,8 +26,19 @@ pub(crate) const OVERHEAD: usize = PREFIX_LEN + 1;
 /// (`frame-min-size`), and amiquip does not tell what it has negotiated beyond that.
 const BODY_PAYLOAD_MAX: usize = 4096 - OVERHEAD;
 
+pub(crate) const CLASS_CHANNEL: u16 = 20;
+const CHANNEL_OPEN: u16 = 10;
+pub(crate) const CHANNEL_OPEN_OK: u16 = 11;
+pub(crate) const CHANNEL_CLOSE: u16 = 40;
+pub(crate) const CHANNEL_CLOSE_OK: u16 = 41;
+
+pub(crate) const CLASS_QUEUE: u16 = 50;
+const QUEUE_DECLARE: u16 = 10;
+pub(crate) const QUEUE_DECLARE_OK: u16 = 11;
+
 pub(crate) const CLASS_BASIC: u16 = 60;
 const BASIC_QOS: u16 = 10;
+pub(crate) const BASIC_QOS_OK: u16 = 11;
 const BASIC_CONSUME: u16 = 20;
 pub(crate) const BASIC_CONSUME_OK: u16 = 21;
 pub(crate) const BASIC_CANCEL: u16 = 30;
@@ -34,8 +46,25 @@ pub(crate) const BASIC_CANCEL_OK: u16 = 31;
 const BASIC_PUBLISH: u16 = 40;
 pub(crate) const BASIC_RETURN: u16 = 50;
 pub(crate) const BASIC_DELIVER: u16 = 60;
-const BASIC_ACK: u16 = 80;
-const BASIC_NACK: u16 = 120;
+pub(crate) const BASIC_ACK: u16 = 80;
+pub(crate) const BASIC_NACK: u16 = 120;
+
+pub(crate) const CLASS_CONFIRM: u16 = 85;
+const CONFIRM_SELECT: u16 = 10;
+pub(crate) const CONFIRM_SELECT_OK: u16 = 11;
+
+/// AMQP reply codes, as RabbitMQ uses them.
+/// Source: <https://www.rabbitmq.com/amqp-0-9-1-reference#constants>.
+pub(crate) mod reply_code {
+    pub const REPLY_SUCCESS: u16 = 200;
+    pub const CONNECTION_FORCED: u16 = 320;
+    pub const ACCESS_REFUSED: u16 = 403;
+    pub const NOT_FOUND: u16 = 404;
+    pub const RESOURCE_LOCKED: u16 = 405;
+    pub const PRECONDITION_FAILED: u16 = 406;
+    pub const NOT_ALLOWED: u16 = 530;
+    pub const INTERNAL_ERROR: u16 = 541;
+}
 
 /// The tag of our consumers. Tags need to differ within a channel only, and none of ours has two.
 const CONSUMER_TAG: &[u8] = b"fibrpc";
@@ -66,9 +95,70 @@ pub(crate) struct Publish<'a> {
     pub body: &'a [u8],
 }
 
+/// A queue to be declared, or to be asked after.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Declare<'a> {
+    /// Empty: the broker chooses one.
+    pub name: &'a [u8],
+    /// Whether only to ask after it.
+    pub passive: bool,
+    pub durable: bool,
+    /// Whether it is for this connection alone, and gone with it.
+    pub exclusive: bool,
+    /// Whether it is gone with its last consumer.
+    pub auto_delete: bool,
+    /// Names and values of its arguments, with names of at most [`SHORT_STRING_MAX`] bytes.
+    pub arguments: &'a [(&'a str, &'a str)],
+}
+
+/// Appends `channel.open`. The broker answers [`CHANNEL_OPEN_OK`].
+pub(crate) fn put_open(out: &mut Vec<u8>, channel: u16) {
+    put_method(out, channel, CLASS_CHANNEL, CHANNEL_OPEN, |out| {
+        put_short_string(out, b""); // reserved
+    });
+}
+
+/// Appends `channel.close`. The broker answers [`CHANNEL_CLOSE_OK`], once it has done all that it
+/// was told before on this channel.
+pub(crate) fn put_close(out: &mut Vec<u8>, channel: u16) {
+    put_method(out, channel, CLASS_CHANNEL, CHANNEL_CLOSE, |out| {
+        put_u16(out, reply_code::REPLY_SUCCESS);
+        put_short_string(out, b"");
+        out.extend_from_slice(&[0; 4]); // no method was the cause
+    });
+}
+
+/// Appends `channel.close-ok`, the answer to the broker's [`CHANNEL_CLOSE`].
+pub(crate) fn put_close_ok(out: &mut Vec<u8>, channel: u16) {
+    put_method(out, channel, CLASS_CHANNEL, CHANNEL_CLOSE_OK, |_| {});
+}
+
+/// Appends `queue.declare`. The broker answers [`QUEUE_DECLARE_OK`], or closes the channel.
+pub(crate) fn put_declare(out: &mut Vec<u8>, channel: u16, queue: &Declare<'_>) {
+    put_method(out, channel, CLASS_QUEUE, QUEUE_DECLARE, |out| {
+        put_u16(out, 0); // reserved
+        put_short_string(out, queue.name);
+        out.push(
+            u8::from(queue.passive)
+                | u8::from(queue.durable) << 1
+                | u8::from(queue.exclusive) << 2
+                | u8::from(queue.auto_delete) << 3,
+        );
+        put_table(out, queue.arguments.iter().copied());
+    });
+}
+
+/// Appends `confirm.select`: from now on the broker says of each message published on this channel
+/// that it has it, [`BASIC_ACK`], or has not, [`BASIC_NACK`]. It answers [`CONFIRM_SELECT_OK`].
+pub(crate) fn put_confirm_select(out: &mut Vec<u8>, channel: u16) {
+    put_method(out, channel, CLASS_CONFIRM, CONFIRM_SELECT, |out| {
+        out.push(0); // with an answer
+    });
+}
+
 /// Appends `basic.publish` with its content.
 pub(crate) fn put_publish(out: &mut Vec<u8>, channel: u16, message: &Publish<'_>) {
-    put_method(out, channel, BASIC_PUBLISH, |out| {
+    put_method(out, channel, CLASS_BASIC, BASIC_PUBLISH, |out| {
         put_u16(out, 0); // reserved
         put_short_string(out, b""); // the default exchange
         put_short_string(out, message.routing_key);
@@ -87,7 +177,7 @@ pub(crate) fn put_publish(out: &mut Vec<u8>, channel: u16, message: &Publish<'_>
 
 /// Appends `basic.ack` for one delivery.
 pub(crate) fn put_ack(out: &mut Vec<u8>, channel: u16, delivery_tag: u64) {
-    put_method(out, channel, BASIC_ACK, |out| {
+    put_method(out, channel, CLASS_BASIC, BASIC_ACK, |out| {
         out.extend_from_slice(&delivery_tag.to_be_bytes());
         out.push(0); // this one only
     });
@@ -98,15 +188,16 @@ pub(crate) fn put_ack(out: &mut Vec<u8>, channel: u16, delivery_tag: u64) {
 /// failed 20 times is dropped.
 /// Source: <https://www.rabbitmq.com/docs/4.3/nack>.
 pub(crate) fn put_requeue(out: &mut Vec<u8>, channel: u16, delivery_tag: u64) {
-    put_method(out, channel, BASIC_NACK, |out| {
+    put_method(out, channel, CLASS_BASIC, BASIC_NACK, |out| {
         out.extend_from_slice(&delivery_tag.to_be_bytes());
         out.push(0b10); // requeue; this one only
     });
 }
 
-/// Appends `basic.qos`: how many deliveries a consumer may have that are not acknowledged.
+/// Appends `basic.qos`: how many deliveries a consumer may have that are not acknowledged. The
+/// broker answers [`BASIC_QOS_OK`], once it has done all that it was told before on this channel.
 pub(crate) fn put_qos(out: &mut Vec<u8>, channel: u16, prefetch: u16) {
-    put_method(out, channel, BASIC_QOS, |out| {
+    put_method(out, channel, CLASS_BASIC, BASIC_QOS, |out| {
         out.extend_from_slice(&[0; 4]); // no limit in bytes
         put_u16(out, prefetch);
         out.push(0); // for each consumer, not for the whole connection
@@ -115,7 +206,7 @@ pub(crate) fn put_qos(out: &mut Vec<u8>, channel: u16, prefetch: u16) {
 
 /// Appends `basic.consume`. The broker answers [`BASIC_CONSUME_OK`], or closes the channel.
 pub(crate) fn put_consume(out: &mut Vec<u8>, channel: u16, queue: &[u8], no_ack: bool) {
-    put_method(out, channel, BASIC_CONSUME, |out| {
+    put_method(out, channel, CLASS_BASIC, BASIC_CONSUME, |out| {
         put_u16(out, 0); // reserved
         put_short_string(out, queue);
         put_short_string(out, CONSUMER_TAG);
@@ -127,15 +218,21 @@ pub(crate) fn put_consume(out: &mut Vec<u8>, channel: u16, queue: &[u8], no_ack:
 /// Appends `basic.cancel`, the end of what [`put_consume`] began. The broker answers
 /// [`BASIC_CANCEL_OK`].
 pub(crate) fn put_cancel(out: &mut Vec<u8>, channel: u16) {
-    put_method(out, channel, BASIC_CANCEL, |out| {
+    put_method(out, channel, CLASS_BASIC, BASIC_CANCEL, |out| {
         put_short_string(out, CONSUMER_TAG);
         out.push(0); // with an answer
     });
 }
 
-fn put_method(out: &mut Vec<u8>, channel: u16, method: u16, arguments: impl FnOnce(&mut Vec<u8>)) {
+fn put_method(
+    out: &mut Vec<u8>,
+    channel: u16,
+    class: u16,
+    method: u16,
+    arguments: impl FnOnce(&mut Vec<u8>),
+) {
     put_frame(out, METHOD, channel, |out| {
-        put_u16(out, CLASS_BASIC);
+        put_u16(out, class);
         put_u16(out, method);
         arguments(out);
     });
@@ -169,13 +266,8 @@ fn put_properties(out: &mut Vec<u8>, properties: &Properties<'_>) {
         put_short_string(out, content_type);
     }
     if !properties.headers.is_empty() {
-        put_sized(out, |out| {
-            for (name, value) in properties.headers {
-                put_short_string(out, name.as_bytes());
-                out.push(b'S'); // a long string
-                put_sized(out, |out| out.extend_from_slice(value.as_bytes()));
-            }
-        });
+        let headers = properties.headers.iter();
+        put_table(out, headers.map(|(name, value)| (&**name, &**value)));
     }
     let rest = [
         properties.correlation_id,
@@ -185,6 +277,17 @@ fn put_properties(out: &mut Vec<u8>, properties: &Properties<'_>) {
     for value in rest.into_iter().flatten() {
         put_short_string(out, value);
     }
+}
+
+/// Appends a field table of texts.
+fn put_table<'a>(out: &mut Vec<u8>, fields: impl Iterator<Item = (&'a str, &'a str)>) {
+    put_sized(out, |out| {
+        for (name, value) in fields {
+            put_short_string(out, name.as_bytes());
+            out.push(b'S'); // a long string
+            put_sized(out, |out| out.extend_from_slice(value.as_bytes()));
+        }
+    });
 }
 
 fn put_u16(out: &mut Vec<u8>, value: u16) {

@@ -10,9 +10,10 @@
 //! What is not ours ([`super::incoming`]) is left to amiquip: the leader puts it into a buffer that
 //! amiquip reads instead of the socket ([`super::stream::Stream`]).
 
-use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, frame_len};
+use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, Tune, frame_len};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::{Down, Transport};
+use crossbeam_channel::Sender;
 use mio::unix::EventedFd;
 use mio::{Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 use std::io::{self, ErrorKind};
@@ -44,11 +45,12 @@ pub(crate) trait Sink: Send + Sync {
     fn done(&self);
 }
 
-/// For a connection on which nothing is consumed.
-pub(crate) struct Discard;
+/// For a connection on which nothing but its events is of interest.
+impl Sink for Sender<Incoming> {
+    fn accept(&self, incoming: Incoming) {
+        let _ = self.send(incoming);
+    }
 
-impl Sink for Discard {
-    fn accept(&self, _: Incoming) {}
     fn done(&self) {}
 }
 
@@ -72,6 +74,8 @@ pub(crate) struct Inbox {
     /// Why the broker has closed the connection, if it said so. amiquip forgets that when the
     /// socket then fails before it has answered.
     close_reason: OnceLock<CloseReason>,
+    /// What the broker has offered in the handshake.
+    tune: OnceLock<Tune>,
 }
 
 struct Reader {
@@ -135,6 +139,7 @@ impl Inbox {
             call,
             sink,
             close_reason: OnceLock::new(),
+            tune: OnceLock::new(),
         };
         inbox.watch();
         Ok(inbox)
@@ -211,6 +216,28 @@ impl Inbox {
     /// Why the broker has closed the connection, if it said so.
     pub fn close_reason(&self) -> Option<&CloseReason> {
         self.close_reason.get()
+    }
+
+    /// What the broker has offered in the handshake, once it has.
+    pub fn tune(&self) -> Option<&Tune> {
+        self.tune.get()
+    }
+
+    /// Gives amiquip a frame to read.
+    fn pass_on(&self, frame: &[u8]) {
+        let mut feed = self.feed();
+        let at = feed.bytes.len();
+        feed.bytes.extend_from_slice(frame);
+        if let Some(close_reason) = CloseReason::from_frame(frame) {
+            let _ = self.close_reason.set(close_reason); // the first counts
+        } else if let Some(tune) = Tune::from_frame(frame) {
+            // amiquip takes the smaller of the broker's and ours, and 0 for none at all: a broker
+            // that falls silent would never be found out. The broker takes what we answer.
+            if tune.heartbeat == 0 {
+                Tune::set_heartbeat(&mut feed.bytes[at..], u16::MAX);
+            }
+            let _ = self.tune.set(tune);
+        }
     }
 
     /// Whether the watch has fired; if so, that is taken.
@@ -404,10 +431,7 @@ impl Reader {
                 return Err(Down);
             };
             if parsed.pass_on {
-                if let Some(close_reason) = CloseReason::from_frame(frame) {
-                    let _ = inbox.close_reason.set(close_reason); // the first counts
-                }
-                inbox.feed().bytes.extend_from_slice(frame);
+                inbox.pass_on(frame);
                 fed = true;
             }
             if let Some(incoming) = parsed.incoming {

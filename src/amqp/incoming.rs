@@ -1,26 +1,26 @@
 //! What comes in: from frames to deliveries, returned messages, and events of a channel. Pure; no
 //! I/O.
 //!
-//! We read the class `basic` and two notices; everything else is amiquip's. So a delivery is read
+//! We read all that comes on a channel, and two notices; what is of the connection as a whole,
+//! channel 0, is amiquip's. So a delivery is read
 //! here, by the thread that waits for it, and amiquip never sees one. That also decides what a
 //! stranger's message can do to us: nothing. Headers are skipped by their lengths and never parsed
 //! recursively, so a table nested a thousand deep is so many bytes. Property values are bytes, and
 //! need be no text.
 
 use crate::amqp::frame::{
-    BASIC_CANCEL, BASIC_CANCEL_OK, BASIC_CONSUME_OK, BASIC_DELIVER, BASIC_RETURN, BODY,
-    CLASS_BASIC, END, HEADER, METHOD, OVERHEAD, PREFIX_LEN,
+    BASIC_ACK, BASIC_CANCEL, BASIC_CANCEL_OK, BASIC_CONSUME_OK, BASIC_DELIVER, BASIC_NACK,
+    BASIC_QOS_OK, BASIC_RETURN, BODY, CHANNEL_CLOSE, CHANNEL_CLOSE_OK, CHANNEL_OPEN_OK,
+    CLASS_BASIC, CLASS_CHANNEL, CLASS_CONFIRM, CLASS_QUEUE, CONFIRM_SELECT_OK, END, HEADER, METHOD,
+    OVERHEAD, PREFIX_LEN, QUEUE_DECLARE_OK, reply_code,
 };
 use std::fmt;
 
 const CLASS_CONNECTION: u16 = 10;
+const CONNECTION_TUNE: u16 = 30;
 const CONNECTION_CLOSE: u16 = 50;
 const CONNECTION_BLOCKED: u16 = 60;
 const CONNECTION_UNBLOCKED: u16 = 61;
-
-const CLASS_CHANNEL: u16 = 20;
-const CHANNEL_CLOSE: u16 = 40;
-const CHANNEL_CLOSE_OK: u16 = 41;
 
 const HEARTBEAT: u8 = 8;
 
@@ -51,6 +51,8 @@ pub(crate) enum Incoming {
     Delivery(Delivery),
     /// A message of ours that the broker could not route.
     Returned(Message),
+    /// What the broker says of messages that we have published.
+    Confirm(Confirm),
     /// Something has happened to the channel of that number.
     Channel(u16, ChannelEvent),
     /// The broker has stopped reading what we publish, for this reason (`connection.blocked`).
@@ -70,17 +72,49 @@ pub(crate) struct Delivery {
     pub message: Message,
 }
 
+/// What the broker says of a message that was published on a channel on which it confirms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Confirm {
+    pub channel: u16,
+    /// Counts what was published on the channel, from 1.
+    pub tag: u64,
+    /// Whether it is about all messages up to this one, too.
+    pub multiple: bool,
+    /// Whether the broker has taken it.
+    pub taken: bool,
+}
+
 /// What can happen to a channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ChannelEvent {
+    /// It is open.
+    Opened,
+    /// Its queue exists, and this was its state.
+    Declared(Declared),
+    /// It has a new prefetch limit, and all before that is done.
+    Limited,
+    /// The broker confirms from now on what is published on it.
+    Confirming,
     /// It consumes.
     Consuming,
     /// It does not consume any more, as we asked.
     Cancelled,
     /// It does not consume any more: its queue is gone.
     QueueGone,
-    /// The broker closed it, for this reason. amiquip is told as well, since it has to answer.
+    /// The broker closed it, for this reason, and waits for our answer
+    /// ([`Connection::note`](super::connection::Connection::note)).
     Closed(CloseReason),
+    /// It is closed, as we asked.
+    ClosedAsAsked,
+}
+
+/// A queue that was declared, or asked after.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Declared {
+    pub name: Vec<u8>,
+    /// How many messages wait for a consumer.
+    pub ready: u32,
+    pub consumers: u32,
 }
 
 /// The properties of a message that we read, verbatim: any bytes that the peer chose.
@@ -128,7 +162,7 @@ impl Head {
             }
             let value = match kind {
                 b's' => cursor.short_string(),
-                b'F' => cursor.u32().and_then(|len| cursor.take(len)),
+                b'F' => cursor.length().and_then(|len| cursor.take(len)),
                 octets => cursor.take(usize::from(octets - b'0')),
             };
             let Some(value) = value else { break };
@@ -207,6 +241,35 @@ impl fmt::Display for CloseReason {
 }
 
 impl CloseReason {
+    /// The longest message that the broker takes, in bytes, if it says that one was longer.
+    /// Source: `max_message_size` in <https://www.rabbitmq.com/docs/configure>.
+    pub fn message_max(&self) -> Option<usize> {
+        // "message size 20000000 is larger than configured max size 16777216"
+        let is_meant = self.code == reply_code::PRECONDITION_FAILED
+            && self.text.contains("message size")
+            && self.text.contains("larger than");
+        let last = self.text.rsplit(|c: char| !c.is_ascii_digit());
+        last.filter(|number| is_meant && !number.is_empty())
+            .find_map(|number| number.parse().ok())
+    }
+
+    /// Whether a message that was published may be the cause.
+    pub fn blames_a_message(&self) -> bool {
+        // Otherwise it was an operator, a permission that we lack for every message, or a request
+        // that was executed for too long.
+        !matches!(
+            self.code,
+            reply_code::CONNECTION_FORCED | reply_code::ACCESS_REFUSED
+        ) && !self.is_consumer_timeout()
+    }
+
+    /// Whether a delivery has not been acknowledged in time.
+    /// Source: <https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout>.
+    pub fn is_consumer_timeout(&self) -> bool {
+        self.code == reply_code::PRECONDITION_FAILED
+            && self.text.contains("delivery acknowledgement")
+    }
+
     /// Reads it from the frame that says so; `None` from any other.
     pub fn from_frame(frame: &[u8]) -> Option<CloseReason> {
         let (prefix, payload) = frame.split_first_chunk::<PREFIX_LEN>()?;
@@ -215,6 +278,47 @@ impl CloseReason {
             && cursor.u16() == Some(CLASS_CONNECTION)
             && cursor.u16() == Some(CONNECTION_CLOSE))
         .then(|| cursor.close_reason())
+    }
+}
+
+/// What the broker offers in the handshake (`connection.tune`).
+/// Source: <https://www.rabbitmq.com/docs/configure> (`channel_max`, `heartbeat`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tune {
+    /// How many channels a connection may have.
+    pub channel_max: u16,
+    /// Seconds between heartbeats; 0 leaves it to us.
+    pub heartbeat: u16,
+}
+
+impl Tune {
+    /// Reads it from the frame that says so; `None` from any other.
+    pub fn from_frame(frame: &[u8]) -> Option<Tune> {
+        let (prefix, payload) = frame.split_first_chunk::<PREFIX_LEN>()?;
+        let mut cursor = Cursor(payload);
+        if prefix[0] != METHOD
+            || cursor.u16() != Some(CLASS_CONNECTION)
+            || cursor.u16() != Some(CONNECTION_TUNE)
+        {
+            return None;
+        }
+        // 0 means that the broker sets no limit.
+        let channel_max = cursor
+            .u16()
+            .map(|max| if max == 0 { u16::MAX } else { max })?;
+        cursor.length()?; // frame-max
+        let heartbeat = cursor.u16()?;
+        Some(Tune {
+            channel_max,
+            heartbeat,
+        })
+    }
+
+    /// Puts another heartbeat into the frame that this was read from.
+    pub fn set_heartbeat(frame: &mut [u8], seconds: u16) {
+        if let Some(at) = frame.len().checked_sub(3) {
+            frame[at..at + 2].copy_from_slice(&seconds.to_be_bytes());
+        }
     }
 }
 
@@ -281,7 +385,7 @@ impl Assembler {
         let mut cursor = Cursor(payload);
         let class = cursor.u16().ok_or(Malformed)?;
         let method = cursor.u16().ok_or(Malformed)?;
-        let incoming = match (class, method) {
+        let event = match (class, method) {
             (CLASS_BASIC, BASIC_DELIVER) => {
                 cursor.short_string().ok_or(Malformed)?; // the consumer's tag
                 let tag = cursor.u64().ok_or(Malformed)?;
@@ -293,27 +397,19 @@ impl Assembler {
                     message: Message::default(),
                 };
                 self.begin(channel, Incoming::Delivery(delivery))?;
-                None
+                return Ok(Parsed::ours(None));
             }
             (CLASS_BASIC, BASIC_RETURN) => {
                 self.begin(channel, Incoming::Returned(Message::default()))?;
-                None
+                return Ok(Parsed::ours(None));
             }
-            (CLASS_BASIC, BASIC_CONSUME_OK) => {
-                Some(Incoming::Channel(channel, ChannelEvent::Consuming))
-            }
-            (CLASS_BASIC, BASIC_CANCEL_OK) => {
-                Some(Incoming::Channel(channel, ChannelEvent::Cancelled))
-            }
-            (CLASS_BASIC, BASIC_CANCEL) => {
-                Some(Incoming::Channel(channel, ChannelEvent::QueueGone))
-            }
-            (CLASS_CHANNEL, CHANNEL_CLOSE | CHANNEL_CLOSE_OK) => {
-                self.unfinished
-                    .retain(|unfinished| unfinished.channel != channel);
-                (method == CHANNEL_CLOSE).then(|| {
-                    Incoming::Channel(channel, ChannelEvent::Closed(cursor.close_reason()))
-                })
+            (CLASS_BASIC, BASIC_ACK | BASIC_NACK) => {
+                return Ok(Parsed::ours(Incoming::Confirm(Confirm {
+                    channel,
+                    tag: cursor.u64().ok_or(Malformed)?,
+                    multiple: cursor.u8().ok_or(Malformed)? & 1 == 1,
+                    taken: method == BASIC_ACK,
+                })));
             }
             // amiquip would do no more than log them.
             (CLASS_CONNECTION, CONNECTION_BLOCKED) => {
@@ -324,12 +420,35 @@ impl Assembler {
             (CLASS_CONNECTION, CONNECTION_UNBLOCKED) => {
                 return Ok(Parsed::ours(Incoming::Unblocked));
             }
-            _ => None,
+            _ if channel == 0 => {
+                return Ok(Parsed {
+                    incoming: None,
+                    pass_on: true,
+                });
+            }
+            (CLASS_BASIC, BASIC_CONSUME_OK) => ChannelEvent::Consuming,
+            (CLASS_BASIC, BASIC_CANCEL_OK) => ChannelEvent::Cancelled,
+            (CLASS_BASIC, BASIC_CANCEL) => ChannelEvent::QueueGone,
+            (CLASS_BASIC, BASIC_QOS_OK) => ChannelEvent::Limited,
+            (CLASS_CONFIRM, CONFIRM_SELECT_OK) => ChannelEvent::Confirming,
+            (CLASS_QUEUE, QUEUE_DECLARE_OK) => ChannelEvent::Declared(Declared {
+                name: cursor.short_string().ok_or(Malformed)?.to_vec(),
+                ready: cursor.u32().ok_or(Malformed)?,
+                consumers: cursor.u32().ok_or(Malformed)?,
+            }),
+            (CLASS_CHANNEL, CHANNEL_OPEN_OK) => ChannelEvent::Opened,
+            (CLASS_CHANNEL, CHANNEL_CLOSE | CHANNEL_CLOSE_OK) => {
+                self.unfinished
+                    .retain(|unfinished| unfinished.channel != channel);
+                match method {
+                    CHANNEL_CLOSE => ChannelEvent::Closed(cursor.close_reason()),
+                    _ => ChannelEvent::ClosedAsAsked,
+                }
+            }
+            // Nothing that we have asked for.
+            _ => return Ok(Parsed::ours(None)),
         };
-        Ok(Parsed {
-            incoming,
-            pass_on: class != CLASS_BASIC,
-        })
+        Ok(Parsed::ours(Incoming::Channel(channel, event)))
     }
 
     fn begin(&mut self, channel: u16, incoming: Incoming) -> Result<(), Malformed> {
@@ -352,7 +471,7 @@ impl Assembler {
 
     fn header(&mut self, channel: u16, payload: &[u8]) -> Result<Option<Incoming>, Malformed> {
         let mut cursor = Cursor(payload);
-        cursor.u32().ok_or(Malformed)?; // class and weight
+        cursor.length().ok_or(Malformed)?; // class and weight
         let body_len = cursor.u64().ok_or(Malformed)?;
         let at = self.position(channel).ok_or(Malformed)?;
         let unfinished = &mut self.unfinished[at];
@@ -413,10 +532,13 @@ impl<'a> Cursor<'a> {
         self.array().map(u16::from_be_bytes)
     }
 
-    /// A length.
-    fn u32(&mut self) -> Option<usize> {
-        self.array()
-            .map(|octets| u32::from_be_bytes(octets) as usize)
+    fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    /// A length of four octets.
+    fn length(&mut self) -> Option<usize> {
+        self.u32().map(|len| len as usize)
     }
 
     fn u64(&mut self) -> Option<u64> {
@@ -448,7 +570,7 @@ impl<'a> Cursor<'a> {
                 FieldValue::Other
             }
             kind @ (b'S' | b'x' | b'F' | b'A') => {
-                let len = self.u32()?;
+                let len = self.length()?;
                 let value = self.take(len)?;
                 match kind {
                     b'S' => FieldValue::Text(value),

@@ -134,13 +134,14 @@ impl Outbox {
         }
     }
 
-    /// Sends frames whether there is room or not. For what amiquip says, a few dozen bytes each.
+    /// Sends the frames that `encode` appends whether there is room or not. For what amiquip says
+    /// and what closes a channel, a few dozen bytes each.
     ///
     /// # Errors
     ///
     /// The connection is dead.
-    pub fn send_anyway(&self, frames: &[u8]) -> Result<(), Down> {
-        self.push(self.lock(), |out| out.extend_from_slice(frames))
+    pub fn send_anyway(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), Down> {
+        self.push(self.lock(), encode)
     }
 
     /// Sends like [`Outbox::try_send`], but waits for room until the deadline, if there is one.

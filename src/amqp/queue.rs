@@ -2,8 +2,10 @@
 
 use crate::amqp::channel::Channel;
 use crate::amqp::connection::Connection;
-use crate::amqp::error::{Error, describe, reply_code};
-use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
+use crate::amqp::error::Error;
+use crate::amqp::frame::{Declare, put_declare, reply_code};
+use crate::amqp::incoming::{ChannelEvent, CloseReason, Declared};
+use std::sync::Arc;
 
 /// Which queue a server declares when there is none yet. Set by
 /// [`Server::queue_type`](crate::Server::queue_type); a queue that exists is used as it is,
@@ -32,9 +34,9 @@ pub enum QueueType {
     /// Source: <https://www.rabbitmq.com/release-information/deprecated-features-list>.
     #[default]
     Transient,
-    /// A durable queue of the virtual host's default type, which is a classic one unless configured
-    /// otherwise. The queue is there again after a restart, the requests in it are not.
-    /// Source: <https://www.rabbitmq.com/docs/vhosts#default-queue-type>.
+    /// A durable classic queue, whatever the virtual host's default type is. The queue is there
+    /// again after a restart, the requests in it are not.
+    /// Source: <https://www.rabbitmq.com/docs/classic-queues>.
     Classic,
     /// A durable queue that a cluster's nodes replicate, requests included: it survives the loss of
     /// a node. It costs a round of the nodes for each request, and drops one that was delivered too
@@ -43,18 +45,17 @@ pub enum QueueType {
 }
 
 impl QueueType {
-    fn declaration(self) -> QueueDeclareOptions {
-        let mut arguments = FieldTable::new();
-        if self == QueueType::Quorum {
-            arguments.insert(
-                "x-queue-type".to_owned(),
-                AmqpValue::LongString("quorum".to_owned()),
-            );
-        }
-        QueueDeclareOptions {
+    fn declaration<'a>(self, name: &'a str) -> Declare<'a> {
+        let arguments: &[_] = match self {
+            QueueType::Transient => &[],
+            QueueType::Classic => &[("x-queue-type", "classic")],
+            QueueType::Quorum => &[("x-queue-type", "quorum")],
+        };
+        Declare {
+            name: name.as_bytes(),
             durable: self != QueueType::Transient,
             arguments,
-            ..QueueDeclareOptions::default()
+            ..Declare::default()
         }
     }
 }
@@ -79,13 +80,27 @@ pub struct QueueStatus {
     pub ready: u32,
 }
 
-/// Makes sure that a queue exists. One that does is used as it is, whatever its type.
+/// What comes in on a connection, for whoever waits for one event of it.
+pub(crate) trait Events {
+    /// The next event of that channel. What comes in meanwhile and is not about it is for later.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`]: the connection is dead, the broker does not answer in time, or there is
+    /// something better to do than to wait.
+    fn next_of(&mut self, connection: &mut Connection, channel: u16)
+    -> Result<ChannelEvent, Error>;
+}
+
+/// Makes sure that a queue exists, and that a server can use it. One that is there is used as it
+/// is, whatever its type, unless it is a stream.
 ///
 /// # Errors
 ///
 /// [`Error::QueueRefused`] if the broker does not let us have it; [`Error::Lost`].
 pub(crate) fn ensure(
     connection: &mut Connection,
+    events: &mut impl Events,
     queue: &str,
     queue_type: QueueType,
 ) -> Result<(), Error> {
@@ -94,52 +109,19 @@ pub(crate) fn ensure(
     const ROUNDS: usize = 3;
     let mut refusal = None;
     for _ in 0..ROUNDS {
-        if status(connection, queue)?.is_some() {
+        if status(connection, events, queue)?.is_some() {
             return Ok(());
         }
-        match declare(&connection.open_channel()?, queue, queue_type) {
-            Err(
-                error @ Error::QueueRefused {
-                    code: reply_code::PRECONDITION_FAILED,
-                    ..
-                },
-            ) => refusal = Some(error),
-            done => return done,
+        let declaration = queue_type.declaration(queue);
+        match declare(connection, events, &declaration)? {
+            Ok(_) => return Ok(()),
+            Err(close) if close.code == reply_code::PRECONDITION_FAILED => {
+                refusal = Some(refused(queue, &close));
+            }
+            Err(close) => return Err(refused(queue, &close)),
         }
     }
     Err(refusal.unwrap_or_else(|| unreachable!("each round ends with a refusal or returns")))
-}
-
-/// Declares a queue.
-///
-/// # Errors
-///
-/// As of [`ensure`]; the channel is then closed.
-fn declare(channel: &Channel, queue: &str, queue_type: QueueType) -> Result<(), Error> {
-    channel
-        .ask(|channel| {
-            channel
-                .queue_declare(queue, queue_type.declaration())
-                .map(drop)
-        })
-        .map_err(|error| on_queue(queue, &error))
-}
-
-/// Declares a queue that only this connection can use and that is gone with it; returns the name
-/// that the broker has given it.
-///
-/// # Errors
-///
-/// [`Error::Lost`].
-pub(crate) fn declare_exclusive(channel: &Channel) -> Result<String, Error> {
-    let options = QueueDeclareOptions {
-        exclusive: true,
-        auto_delete: true,
-        ..QueueDeclareOptions::default()
-    };
-    channel
-        .ask(|channel| Ok(channel.queue_declare("", options)?.name().to_owned()))
-        .map_err(|error| Error::lost(&error))
 }
 
 /// Asks after a queue; `None` if it does not exist.
@@ -149,28 +131,96 @@ pub(crate) fn declare_exclusive(channel: &Channel) -> Result<String, Error> {
 /// [`Error::QueueRefused`] if we may not know; [`Error::Lost`].
 pub(crate) fn status(
     connection: &mut Connection,
+    events: &mut impl Events,
     queue: &str,
 ) -> Result<Option<QueueStatus>, Error> {
-    // Its own channel, which the broker closes if the queue does not exist.
-    let channel = connection.open_channel()?;
-    let found = channel.ask(|channel| {
-        let found = channel.queue_declare_passive(queue)?;
-        Ok(QueueStatus {
-            consumers: found.declared_consumer_count().unwrap_or(0),
-            ready: found.declared_message_count().unwrap_or(0),
-        })
-    });
-    match found {
-        Ok(status) => Ok(Some(status)),
-        Err(error) if reply_code(&error) == Some(reply_code::NOT_FOUND) => Ok(None),
-        Err(error) => Err(on_queue(queue, &error)),
+    match declare(connection, events, &question(queue))? {
+        Ok(declared) => Ok(Some(declared.into())),
+        Err(close) if close.code == reply_code::NOT_FOUND => Ok(None),
+        Err(close) => Err(refused(queue, &close)),
     }
 }
 
-fn on_queue(queue: &str, error: &amiquip::Error) -> Error {
-    reply_code(error)
-        .and_then(|code| refusal(queue, code, &describe(error)))
-        .unwrap_or_else(|| Error::lost(error))
+/// What asks after a queue.
+fn question(queue: &str) -> Declare<'_> {
+    Declare {
+        name: queue.as_bytes(),
+        passive: true,
+        ..Declare::default()
+    }
+}
+
+/// Declares a queue, on a channel of its own, which the broker closes if it refuses.
+fn declare(
+    connection: &mut Connection,
+    events: &mut impl Events,
+    queue: &Declare<'_>,
+) -> Result<Result<Declared, CloseReason>, Error> {
+    let channel = connection.open_channel()?;
+    channel.say(|out, id| put_declare(out, id, queue));
+    loop {
+        match events.next_of(connection, channel.id()) {
+            Ok(ChannelEvent::Declared(declared)) => {
+                channel.close();
+                return Ok(Ok(declared));
+            }
+            Ok(ChannelEvent::Closed(reason)) => return Ok(Err(reason)),
+            Ok(_) => {}
+            // A broker that refuses transient queues closes the connection.
+            Err(lost) => {
+                return connection
+                    .inbox
+                    .close_reason()
+                    .cloned()
+                    .map(Err)
+                    .ok_or(lost);
+            }
+        }
+    }
+}
+
+/// Asks after a queue and does not wait; [`answer`] reads what comes back on the channel.
+pub(crate) fn ask_after(connection: &mut Connection, queue: &str) -> Result<Arc<Channel>, Error> {
+    let channel = connection.open_channel()?;
+    channel.say(|out, id| put_declare(out, id, &question(queue)));
+    Ok(channel)
+}
+
+/// What was found out about a queue by [`ask_after`], and the end of the channel: `Some(None)` if
+/// it does not exist. `None` if this says nothing about it.
+pub(crate) fn answer(channel: &Channel, event: ChannelEvent) -> Option<Option<QueueStatus>> {
+    match event {
+        ChannelEvent::Declared(declared) => {
+            channel.close();
+            Some(Some(declared.into()))
+        }
+        ChannelEvent::Closed(close) if close.code == reply_code::NOT_FOUND => Some(None),
+        _ => None,
+    }
+}
+
+/// A queue that only this connection can use and that is gone with it, by a name of the broker's.
+pub(crate) const CALLBACK: Declare<'_> = Declare {
+    name: b"",
+    passive: false,
+    durable: false,
+    exclusive: true,
+    auto_delete: true,
+    arguments: &[],
+};
+
+impl From<Declared> for QueueStatus {
+    fn from(declared: Declared) -> QueueStatus {
+        QueueStatus {
+            consumers: declared.consumers,
+            ready: declared.ready,
+        }
+    }
+}
+
+fn refused(queue: &str, close: &CloseReason) -> Error {
+    let said = close.to_string();
+    refusal(queue, close.code, &said).unwrap_or(Error::Lost { reason: said })
 }
 
 /// What it means for a queue that the broker says no; `None` if it is not about the queue.
@@ -197,7 +247,6 @@ pub(crate) fn refusal(queue: &str, code: u16, said: &str) -> Option<Error> {
     };
     Some(Error::QueueRefused {
         queue: queue.to_owned(),
-        code,
         reason: format!("{said}; {way_out}"),
     })
 }

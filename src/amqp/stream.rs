@@ -136,7 +136,8 @@ impl Write for Stream {
         if filled.is_some() {
             self.credentials = None;
         }
-        match self.outbox.send_anyway(filled.as_deref().unwrap_or(frames)) {
+        let bytes = filled.as_deref().unwrap_or(frames);
+        match self.outbox.send_anyway(|out| out.extend_from_slice(bytes)) {
             Ok(()) => Ok(frames.len()),
             Err(Down) => Err(ErrorKind::BrokenPipe.into()),
         }
@@ -182,7 +183,7 @@ impl amiquip::IoStream for Stream {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::amqp::inbox::Discard;
+    use crate::amqp::incoming::Incoming;
     use crate::amqp::outbox::NotSent;
     use mio::{Events, Token};
     use std::net::{TcpListener, TcpStream};
@@ -194,7 +195,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (far, _) = listener.accept().unwrap();
-        let sink = Box::new(Discard);
+        let (sink, _) = crossbeam_channel::unbounded::<Incoming>();
+        let sink = Box::new(sink);
         (
             share(Transport::Plain(Arc::new(near)), None, sink).unwrap(),
             far,

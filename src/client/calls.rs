@@ -2,7 +2,7 @@
 
 use crate::amqp::time::{FAR_FUTURE, after};
 use crate::client::correlation::CorrelationId;
-use crate::client::link::{Link, OutgoingRequest};
+use crate::client::link::{Link, Outgoing, OutgoingRequest};
 use crate::client::options::{Retry, check_times};
 use crate::client::pending::{DIAGNOSIS_TIME, Event, Pending, Resend, Settled, Shared};
 use crate::error::Error;
@@ -14,9 +14,6 @@ use std::fmt;
 use std::iter::Fuse;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// How long a request may be held back to leave together with others.
-const COLLECT_TIME: Duration = Duration::from_micros(500);
 
 /// A request to be sent: to which queue, and what else there is to say. Made by
 /// [`Client::request`](crate::Client::request).
@@ -217,10 +214,6 @@ pub struct Calls<'c, K> {
     ready: VecDeque<Settled>,
     /// The link we listen on.
     link: Option<Arc<Link>>,
-    /// The link on which requests are collected that are not sent yet, and since when.
-    unflushed: Option<(Arc<Link>, Instant)>,
-    /// When we last gave an answer out.
-    given: Instant,
     /// When we last asked after queues.
     asked: Option<Instant>,
 }
@@ -244,8 +237,6 @@ impl<'c, K> Calls<'c, K> {
             deadlines: BTreeSet::new(),
             ready: VecDeque::new(),
             link: None,
-            unflushed: None,
-            given: Instant::now(),
             asked: None,
         }
     }
@@ -256,10 +247,14 @@ impl<'c, K> Calls<'c, K> {
     /// `key` comes back with the answer; keys need not differ. The request goes out by the client
     /// whose calls these are, whichever client it was made by.
     ///
-    /// While answers are there to be taken, requests are collected to leave together: when the last
-    /// of those answers is taken, or with a request that is submitted half a millisecond later or
-    /// more. Until then they stay here, so take answers without a pause.
+    /// When it returns, the request has left, or is on its way by another thread. For several that
+    /// are to leave together there is [`Calls::extend`].
     pub fn submit(&mut self, key: K, request: RequestBuilder<'_>) {
+        self.begin(key, request, false);
+    }
+
+    /// Sends a request, or collects it: then the link is returned by which it is to leave.
+    fn begin(&mut self, key: K, request: RequestBuilder<'_>, collect: bool) -> Option<Arc<Link>> {
         let id = self.shared.ids.next();
         let submitted = Instant::now();
         let invalid = request.check();
@@ -281,29 +276,18 @@ impl<'c, K> Calls<'c, K> {
         self.deadlines.insert((deadline, id));
         if let Err(error) = invalid {
             self.ready.push_back(Settled::now(id, Err(error)));
-            return;
+            return None;
         }
         let pending = Pending {
-            request: Arc::new(request),
+            outgoing: Arc::new(Outgoing::new(request)),
             deadline,
             sent_on: 0,
             returned: false,
             resend: Resend::new(retry, submitted),
+            unconfirmed: None,
             events: self.events.clone(),
         };
-        // With answers still to be taken, and a caller who is quick, we will be back in no time.
-        let collect = !self.ready.is_empty()
-            && submitted.duration_since(self.given) < COLLECT_TIME
-            && self
-                .unflushed
-                .as_ref()
-                .is_none_or(|(_, since)| submitted.duration_since(*since) < COLLECT_TIME);
-        match self.shared.begin(id, pending, collect) {
-            Some(link) => {
-                self.unflushed.get_or_insert((link, submitted));
-            }
-            None => self.unflushed = None,
-        }
+        self.shared.begin(id, pending, collect)
     }
 
     /// How many calls are open: submitted, and their answers not taken yet. Does not block.
@@ -398,14 +382,7 @@ impl<'c, K> Calls<'c, K> {
         while let Ok(event) = self.told.try_recv() {
             self.learn(event);
         }
-        let settled = self.ready.pop_front();
-        // The caller may be back late.
-        if self.ready.is_empty()
-            && let Some((link, _)) = self.unflushed.take()
-        {
-            link.outbox.flush();
-        }
-        settled
+        self.ready.pop_front()
     }
 
     /// Waits for something to happen, at most until `wake_at`; whatever it is, it is dealt with.
@@ -463,7 +440,6 @@ impl<'c, K> Calls<'c, K> {
         };
         let call = self.open.remove(&id)?;
         self.deadlines.remove(&(call.deadline, id));
-        self.given = Instant::now();
         Some(Answer {
             key: call.key,
             result: outcome,
@@ -479,6 +455,53 @@ impl<K> Iterator for Calls<'_, K> {
     /// the earliest deadline of the open calls. `None` when no call is open.
     fn next(&mut self) -> Option<Answer<K>> {
         self.next_before(Instant::now() + FAR_FUTURE)
+    }
+}
+
+/// Sends requests together, each as by [`Calls::submit`]: in one write, which costs less than one
+/// for each. They leave when the iterator has no more, and some of them before, as they become many.
+///
+/// ```no_run
+/// let client = fibrpc::Client::new("amqp://localhost")?;
+/// let mut calls = client.calls();
+/// calls.extend(["many", "at", "once"].map(|word| (word, client.request("shout").body(word))));
+/// while let Some(answer) = calls.next() {
+///     println!("{}: {:?}", answer.key, answer.result?.body);
+/// }
+/// # Ok::<(), fibrpc::Error>(())
+/// ```
+impl<'r, K> Extend<(K, RequestBuilder<'r>)> for Calls<'_, K> {
+    fn extend<T: IntoIterator<Item = (K, RequestBuilder<'r>)>>(&mut self, requests: T) {
+        let mut collected = Collected(None);
+        for (key, request) in requests {
+            let link = self.begin(key, request, true);
+            if link.is_some() {
+                collected.leave_by(link);
+            }
+        }
+    }
+}
+
+/// The link by which collected requests are to leave: at the latest when this is dropped, even if
+/// the iterator that they come from panics.
+struct Collected(Option<Arc<Link>>);
+
+impl Collected {
+    fn leave_by(&mut self, link: Option<Arc<Link>>) {
+        let before = std::mem::replace(&mut self.0, link);
+        if let (Some(before), Some(link)) = (before, &self.0)
+            && before.generation != link.generation
+        {
+            before.outbox.flush();
+        }
+    }
+}
+
+impl Drop for Collected {
+    fn drop(&mut self) {
+        if let Some(link) = &self.0 {
+            link.outbox.flush();
+        }
     }
 }
 

@@ -1,15 +1,18 @@
 //! A request on its way out, and the connection that it goes by.
 
+use crate::amqp::channel::Channel;
 use crate::amqp::frame::{Properties, Publish, put_publish};
 use crate::amqp::inbox::Inbox;
-use crate::amqp::incoming::Incoming;
+use crate::amqp::incoming::{Confirm, Incoming};
 use crate::amqp::outbox::Outbox;
+use crate::amqp::sync::lock;
 use crate::client::correlation::CorrelationId;
 use crate::message::headers::Headers;
 use crate::message::{MESSAGE_MAX, TEXT_PLAIN, check_content_type, check_queue_name};
 use crossbeam_channel::Sender;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 /// A request as it was asked for.
@@ -19,6 +22,45 @@ pub(crate) struct OutgoingRequest {
     pub content_type: Option<String>,
     pub headers: Headers,
     pub body: Vec<u8>,
+}
+
+/// Where a request was published: on which channel, and as which message on it, from 1. The later
+/// of two on one channel is the greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    pub channel: u16,
+    pub number: u64,
+}
+
+/// A request on its way out.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    pub request: OutgoingRequest,
+    /// Where it was published last, in one word. Set with the outbox locked.
+    place: AtomicU64,
+}
+
+impl Outgoing {
+    pub fn new(request: OutgoingRequest) -> Outgoing {
+        Outgoing {
+            request,
+            place: AtomicU64::new(0),
+        }
+    }
+
+    fn set_place(&self, place: Place) {
+        let packed = u64::from(place.channel) << 48 | place.number;
+        self.place.store(packed, Ordering::Relaxed);
+    }
+
+    /// Where it was published last, on whatever link; `None` if it was not yet.
+    pub fn place(&self) -> Option<Place> {
+        let packed = self.place.load(Ordering::Relaxed);
+        (packed > 0).then_some(Place {
+            channel: (packed >> 48) as u16,
+            number: packed & (u64::MAX >> 16),
+        })
+    }
 }
 
 impl OutgoingRequest {
@@ -47,26 +89,78 @@ pub(crate) struct Link {
     pub since: Instant,
     pub inbox: Arc<Inbox>,
     pub outbox: Arc<Outbox>,
-    /// The channel that consumes the callback queue.
-    pub consumes_on: u16,
-    /// The channel that requests are published on: the same, until one of them has been overdue.
-    pub publishes_on: AtomicU16,
     /// The callback queue.
     pub reply_to: String,
     /// The way to the connection manager, for what is not about a call.
     pub events: Sender<Incoming>,
+    publishing: Mutex<Publishing>,
+    /// Where the broker confirms what is published: what it has not confirmed yet, in order.
+    unconfirmed: Option<Mutex<VecDeque<(Place, CorrelationId)>>>,
+}
+
+/// The channel that requests are published on.
+struct Publishing {
+    channel: Arc<Channel>,
+    /// How many were.
+    count: u64,
 }
 
 impl Link {
-    /// Appends a request's frames. To be called with the outbox locked: so a channel that nothing
-    /// is published on any more can be closed.
+    /// A link that publishes on `channel`, on which the broker confirms if `confirms`.
+    pub fn new(
+        (inbox, outbox): (Arc<Inbox>, Arc<Outbox>),
+        channel: Arc<Channel>,
+        reply_to: String,
+        events: Sender<Incoming>,
+        confirms: bool,
+    ) -> Link {
+        Link {
+            generation: 0,
+            since: Instant::now(),
+            inbox,
+            outbox,
+            reply_to,
+            events,
+            publishing: Mutex::new(Publishing { channel, count: 0 }),
+            unconfirmed: confirms.then(Mutex::default),
+        }
+    }
+
+    /// The channel that requests are published on.
+    pub fn channel(&self) -> Arc<Channel> {
+        Arc::clone(&lock(&self.publishing).channel)
+    }
+
+    /// Has requests published on another channel from now on.
+    pub fn publish_on(&self, channel: Arc<Channel>) {
+        *lock(&self.publishing) = Publishing { channel, count: 0 };
+    }
+
+    /// Whether the broker confirms what is published.
+    pub fn confirms(&self) -> bool {
+        self.unconfirmed.is_some()
+    }
+
+    /// Appends a request's frames, and notes their place. To be called with the outbox locked. On
+    /// a closed channel it appends nothing, and returns `false`.
     pub fn encode(
         &self,
         id: CorrelationId,
-        request: &OutgoingRequest,
+        outgoing: &Outgoing,
         deadline: Instant,
         out: &mut Vec<u8>,
-    ) {
+    ) -> bool {
+        let mut publishing = lock(&self.publishing);
+        if !publishing.channel.is_open() {
+            return false;
+        }
+        publishing.count += 1;
+        let (channel, number) = (publishing.channel.id(), publishing.count);
+        drop(publishing);
+        outgoing.set_place(Place { channel, number });
+        if let Some(unconfirmed) = &self.unconfirmed {
+            lock(unconfirmed).push_back((Place { channel, number }, id));
+        }
         let correlation_id = id.to_string();
         // At least 1: a message that expires in 0 ms is only delivered to a consumer that is
         // waiting for it. At most what the broker accepts, 49 days.
@@ -74,6 +168,7 @@ impl Link {
             .saturating_duration_since(Instant::now())
             .as_millis();
         let expiration = left.clamp(1, u128::from(u32::MAX)).to_string();
+        let request = &outgoing.request;
         let message = Publish {
             routing_key: request.queue.as_bytes(),
             mandatory: true,
@@ -86,6 +181,54 @@ impl Link {
             },
             body: &request.body,
         };
-        put_publish(out, self.publishes_on.load(Ordering::Relaxed), &message);
+        put_publish(out, channel, &message);
+        true
+    }
+
+    /// What the broker has confirmed, or says that it has lost.
+    pub fn confirmed(&self, confirm: Confirm) -> Vec<(Place, CorrelationId)> {
+        let Some(unconfirmed) = &self.unconfirmed else {
+            return Vec::new();
+        };
+        let is_meant = |place: Place| {
+            place.channel == confirm.channel
+                && match confirm.multiple {
+                    true => place.number <= confirm.tag,
+                    false => place.number == confirm.tag,
+                }
+        };
+        let mut unconfirmed = lock(unconfirmed);
+        let mut confirmed = Vec::new();
+        // Mostly they come in order.
+        while let Some((place, id)) = unconfirmed.pop_front_if(|(place, _)| is_meant(*place)) {
+            confirmed.push((place, id));
+            if !confirm.multiple {
+                return confirmed;
+            }
+        }
+        unconfirmed.retain(|&(place, id)| {
+            let meant = is_meant(place);
+            if meant {
+                confirmed.push((place, id));
+            }
+            !meant
+        });
+        confirmed
+    }
+
+    /// Whether something on that channel is to be confirmed still.
+    pub fn waits_for(&self, channel: u16) -> bool {
+        self.unconfirmed.as_ref().is_some_and(|unconfirmed| {
+            lock(unconfirmed)
+                .iter()
+                .any(|(place, _)| place.channel == channel)
+        })
+    }
+
+    /// Forgets what was to be confirmed on a channel that is closed.
+    pub fn forget_channel(&self, channel: u16) {
+        if let Some(unconfirmed) = &self.unconfirmed {
+            lock(unconfirmed).retain(|(place, _)| place.channel != channel);
+        }
     }
 }

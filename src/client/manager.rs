@@ -7,7 +7,9 @@
 use crate::amqp::channel::{Channel, SETUP_TIME};
 use crate::amqp::connection::Connection;
 use crate::amqp::error::GONE;
-use crate::amqp::frame::{Properties, Publish, put_consume, put_publish};
+use crate::amqp::frame::{
+    Properties, Publish, put_confirm_select, put_consume, put_declare, put_publish,
+};
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Incoming};
 use crate::amqp::queue;
@@ -15,12 +17,13 @@ use crate::amqp::sync::Never;
 use crate::amqp::time::{Backoff, FAR_FUTURE, after};
 use crate::client::link::Link;
 use crate::client::options::ReplyTo;
-use crate::client::pending::{Event, ReplySink, Resend, Shared};
+use crate::client::pending::{Event, Pending, ReplySink, Resend, Shared};
 use crate::error::Error;
-use crate::message::DIRECT_REPLY_TO;
+use crate::message::{DIRECT_REPLY_TO, MESSAGE_MAX};
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How long one round of attempts to connect may take, for all brokers in the list together.
@@ -28,6 +31,10 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 
 /// How often requests that could not be delivered, or not be sent, are tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How many channels are kept open, at most, on which nothing is published any more, for the broker
+/// to confirm what was.
+const RETIRED_MAX: usize = 4;
 
 /// The routing key of a message that is for nobody. See [`Manager::consume`].
 const NOBODY: &[u8] = b"fibrpc.is-the-broker-blocked";
@@ -46,6 +53,12 @@ enum Task {
     Wait,
     Connect,
     End,
+}
+
+/// What is to be done after something has come in.
+enum Next {
+    GoOn,
+    ChangeChannel,
 }
 
 /// How a link ended.
@@ -179,31 +192,31 @@ impl Manager {
         told: &Receiver<Incoming>,
     ) -> Result<(), String> {
         let reason = |error: crate::amqp::error::Error| error.reason().to_owned();
-        let channel = connection.open_channel().map_err(reason)?;
-        let reply_to = match self.shared.options.reply_to {
-            ReplyTo::Direct => DIRECT_REPLY_TO.to_owned(),
-            ReplyTo::Queue => queue::declare_exclusive(&channel).map_err(reason)?,
+        let consuming = connection.open_channel().map_err(reason)?;
+        let publishing = match self.shared.options.reply_to {
+            // Replies come to the channel that publishes.
+            ReplyTo::Direct => Arc::clone(&consuming),
+            // One that a request closes does not take the callback queue along.
+            ReplyTo::Queue => connection.open_channel().map_err(reason)?,
         };
-        let mut publishing = None;
-        let end = match self.consume(connection, &channel, &reply_to, told) {
-            Some(end) => end,
-            None => {
-                let link = self.link_up(Link {
-                    generation: 0,
-                    since: Instant::now(),
-                    inbox: Arc::clone(&connection.inbox),
-                    outbox: Arc::clone(&connection.outbox),
-                    consumes_on: channel.id(),
-                    publishes_on: AtomicU16::new(channel.id()),
-                    reply_to,
-                    events,
-                });
-                let end = self.serve(&link, connection, told, &mut publishing);
+        let end = match self.consume(connection, &consuming, &publishing, told) {
+            Err(end) => end,
+            Ok(reply_to) => {
+                let confirms = self.shared.options.confirms();
+                if confirms {
+                    publishing.say(put_confirm_select);
+                }
+                let ends = (
+                    Arc::clone(&connection.inbox),
+                    Arc::clone(&connection.outbox),
+                );
+                let link = Link::new(ends, publishing, reply_to, events, confirms);
+                let link = self.link_up(link);
+                let end = self.serve(&link, connection, consuming.id(), told);
                 self.shared.report_broken(link.generation);
                 end
             }
         };
-        // Before the channels are dropped: then they have nothing to wait for.
         let closed = connection.close();
         match end {
             End::Closing => Ok(()),
@@ -211,7 +224,7 @@ impl Manager {
         }
     }
 
-    /// Consumes the callback queue; `None` once the broker has confirmed it.
+    /// Makes and consumes the callback queue; returns its name once the broker has confirmed it.
     ///
     /// A message for nobody is published before. The broker drops it. But one that blocks
     /// publishers says so only to a connection that has published, and then reads nothing more: so
@@ -220,51 +233,69 @@ impl Manager {
     /// Source: <https://www.rabbitmq.com/docs/connection-blocked>.
     fn consume(
         &self,
-        connection: &Connection,
-        channel: &Channel,
-        reply_to: &str,
+        connection: &mut Connection,
+        consuming: &Channel,
+        publishing: &Channel,
         told: &Receiver<Incoming>,
-    ) -> Option<End> {
-        let mut watchdog = Some(connection.outbox.abort_after(SETUP_TIME));
+    ) -> Result<String, End> {
         let for_nobody = Publish {
             routing_key: NOBODY,
             mandatory: false,
             properties: Properties::default(),
             body: b"",
         };
-        let _ = connection.outbox.send(None, |out| {
-            put_publish(out, channel.id(), &for_nobody);
-            put_consume(out, channel.id(), reply_to.as_bytes(), true);
+        publishing.say(|out, id| put_publish(out, id, &for_nobody));
+        let mut name = match self.shared.options.reply_to {
+            ReplyTo::Direct => Some(DIRECT_REPLY_TO.to_owned()),
+            ReplyTo::Queue => None,
+        };
+        consuming.say(|out, id| {
+            if name.is_none() {
+                put_declare(out, id, &queue::CALLBACK);
+            }
+            // Without a name, it is the queue that was declared last.
+            put_consume(out, id, name.as_deref().unwrap_or("").as_bytes(), true);
         });
+        let lost = |reason: &str| End::Lost(reason.to_owned());
+        let mut deadline = after(Instant::now(), SETUP_TIME);
         loop {
-            let event = select! {
-                recv(told) -> event => event,
+            let incoming = select! {
+                recv(told) -> incoming => incoming.map_err(|_| lost(GONE))?,
                 recv(self.woken) -> _ => {
                     if self.shared.lock().closing {
-                        return Some(End::Closing);
+                        return Err(End::Closing);
                     }
                     continue;
                 }
-                recv(connection.down) -> _ => return Some(End::Lost(GONE.to_owned())),
-            };
-            match event {
-                Ok(Incoming::Channel(_, ChannelEvent::Consuming)) => return None,
-                Ok(Incoming::Channel(_, ChannelEvent::Closed(reason))) => {
-                    return Some(self.sent_away(&reason));
+                recv(connection.down) -> _ => return Err(lost(GONE)),
+                default(deadline.saturating_duration_since(Instant::now())) => {
+                    return Err(lost("it does not answer basic.consume"));
                 }
-                Ok(Incoming::Blocked(reason)) => {
+            };
+            connection.note(&incoming);
+            match incoming {
+                Incoming::Channel(_, ChannelEvent::Declared(declared)) => {
+                    name = Some(String::from_utf8_lossy(&declared.name).into_owned());
+                }
+                Incoming::Channel(_, ChannelEvent::Consuming) => {
+                    return name.ok_or_else(|| lost("it gave the callback queue no name"));
+                }
+                Incoming::Channel(_, ChannelEvent::Closed(reason)) => {
+                    return Err(self.sent_away(&reason));
+                }
+                Incoming::Blocked(reason) => {
                     // It may take as long as it takes; heartbeats tell whether the broker is there.
-                    watchdog = None;
+                    deadline = after(Instant::now(), FAR_FUTURE);
                     self.shared.lock().blocked = Some(reason);
                 }
-                Ok(Incoming::Unblocked) => {
-                    watchdog.get_or_insert_with(|| connection.outbox.abort_after(SETUP_TIME));
+                Incoming::Unblocked => {
+                    deadline = after(Instant::now(), SETUP_TIME);
                     self.shared.lock().blocked = None;
                 }
-                other => {
-                    let answer = format!("the broker answered basic.consume with {other:?}");
-                    return Some(End::Lost(answer));
-                }
+                Incoming::Channel(..)
+                | Incoming::Confirm(_)
+                | Incoming::Delivery(_)
+                | Incoming::Returned(_) => {}
             }
         }
     }
@@ -276,6 +307,9 @@ impl Manager {
         state.last_error = None;
         state.queues.clear();
         link.generation = state.generation;
+        // Another broker, or its settings, may be others.
+        let message_max = &self.shared.message_max;
+        message_max.store(MESSAGE_MAX, Ordering::Relaxed);
         let link = Arc::new(link);
         state.link = Some(Arc::clone(&link));
         for pending in state.pending.values() {
@@ -293,22 +327,35 @@ impl Manager {
         &self,
         link: &Link,
         connection: &mut Connection,
+        consuming: u16,
         told: &Receiver<Incoming>,
-        publishing: &mut Option<Channel>,
     ) -> End {
         let mut looked = Instant::now();
+        let mut questions = HashMap::new();
+        let mut retired = VecDeque::new();
         loop {
             let next_look = self.shared.lock().plan_look(looked + RETRY_INTERVAL);
             let wait = next_look.map_or(FAR_FUTURE, |at| {
                 at.saturating_duration_since(Instant::now())
             });
-            select! {
-                recv(self.woken) -> _ => {}
+            let incoming = select! {
+                recv(self.woken) -> _ => None,
                 recv(connection.down) -> _ => return End::Lost(GONE.to_owned()),
-                recv(told) -> event => if let Some(end) = self.learn(link, event.ok()) {
-                    return end;
-                },
-                default(wait) => {}
+                recv(told) -> incoming => incoming.ok(),
+                default(wait) => None,
+            };
+            if let Some(incoming) = incoming {
+                connection.note(&incoming);
+                match self.learn(link, consuming, &mut questions, incoming) {
+                    Ok(Next::GoOn) => {}
+                    Ok(Next::ChangeChannel) => {
+                        if let Err(end) = self.change_channel(link, connection, &mut retired) {
+                            return end;
+                        }
+                        self.send_unsent(link);
+                    }
+                    Err(end) => return end,
+                }
             }
             let (asked_after, blocked) = {
                 let mut state = self.shared.lock();
@@ -321,100 +368,169 @@ impl Manager {
                 let asked_after = std::mem::take(&mut state.asked_after);
                 (asked_after, state.blocked.is_some())
             };
-            if !blocked && next_look.is_some_and(|at| at <= Instant::now()) {
-                // What a closed channel leaves to be told must not be taken for an event of a new
-                // one that gets its number.
-                if told.is_empty()
-                    && self.give_up_overdue(link)
-                    && let Err(reason) = self.change_channel(link, connection, publishing)
+            if blocked {
+                continue; // the broker would not read a question either
+            }
+            if next_look.is_some_and(|at| at <= Instant::now()) {
+                if self.give_up_overdue(link)
+                    && let Err(end) = self.change_channel(link, connection, &mut retired)
                 {
-                    return End::Lost(reason);
+                    return end;
                 }
                 self.send_unsent(link);
                 looked = Instant::now();
             }
             for queue in asked_after {
-                self.look_at_queue(&queue, connection);
+                ask_after(queue, connection, &mut questions);
             }
         }
     }
 
-    /// Deals with what has come in and is not about a call; says if that ends the link.
-    fn learn(&self, link: &Link, event: Option<Incoming>) -> Option<End> {
-        match event {
-            // Of a channel on which we have asked after a queue, or published.
-            Some(Incoming::Channel(channel, _))
-                if channel != link.consumes_on
-                    && channel != link.publishes_on.load(Ordering::Relaxed) =>
+    /// Deals with what has come in and is not about a call.
+    ///
+    /// # Errors
+    ///
+    /// It is the end of the link.
+    fn learn(
+        &self,
+        link: &Link,
+        consuming: u16,
+        questions: &mut Questions,
+        incoming: Incoming,
+    ) -> Result<Next, End> {
+        match incoming {
+            Incoming::Channel(id, ChannelEvent::Closed(reason))
+                if id == consuming || id == link.channel().id() =>
             {
-                None
+                self.refuse_too_long(link, id, &reason);
+                if id == consuming || reason.message_max().is_none() {
+                    return Err(self.sent_away(&reason));
+                }
+                return Ok(Next::ChangeChannel);
             }
-            Some(Incoming::Channel(_, ChannelEvent::Closed(reason))) => {
-                Some(self.sent_away(&reason))
+            Incoming::Channel(id, _) if id == consuming => {
+                return Err(End::Lost("the callback queue is gone".to_owned()));
             }
-            Some(Incoming::Blocked(reason)) => {
-                self.shared.lock().blocked = Some(reason);
-                None
+            Incoming::Channel(id, event) => {
+                let is_over = matches!(event, ChannelEvent::Closed(_));
+                if let Some((channel, queue)) = questions.get(&id)
+                    && let Some(status) = queue::answer(channel, event)
+                {
+                    self.shared.lock().keep_status(Arc::clone(queue), status);
+                    questions.remove(&id);
+                } else if is_over {
+                    questions.remove(&id);
+                    link.forget_channel(id);
+                }
             }
-            Some(Incoming::Unblocked) => {
-                self.shared.lock().blocked = None;
+            Incoming::Blocked(reason) => self.shared.lock().blocked = Some(reason),
+            Incoming::Unblocked => {
+                let mut state = self.shared.lock();
+                state.blocked = None;
+                state.restart_confirms();
+                drop(state);
                 self.send_unsent(link);
-                None
             }
-            // Nothing else that we are told now means that all is well.
-            Some(Incoming::Channel(..) | Incoming::Delivery(_) | Incoming::Returned(_)) | None => {
-                Some(End::Lost("the callback queue is gone".to_owned()))
-            }
+            Incoming::Confirm(_) | Incoming::Delivery(_) | Incoming::Returned(_) => {}
         }
+        Ok(Next::GoOn)
     }
 
     /// The broker has closed the channel. If that was to say that we may not publish, it would say
     /// so again, and all calls end with it.
     fn sent_away(&self, close: &CloseReason) -> End {
         let reason = close.to_string();
-        self.shared.fail_pending(|pending| {
-            queue::refusal(&pending.request.queue, close.code, &reason).map(Error::from)
-        });
+        if close.message_max().is_none() {
+            self.shared.fail_pending(|pending| {
+                queue::refusal(&pending.outgoing.request.queue, close.code, &reason)
+                    .map(Error::from)
+            });
+        }
         End::Lost(reason)
     }
 
-    /// Has what is overdue sent again; whether anything is.
+    /// The broker has closed a channel because a request was too long for it: that call ends with
+    /// it, and the broker has not seen what was published after it.
+    fn refuse_too_long(&self, link: &Link, channel: u16, close: &CloseReason) {
+        let Some(max) = close.message_max() else {
+            return;
+        };
+        self.shared.message_max.store(max, Ordering::Relaxed);
+        let place = |pending: &Pending| {
+            let place = pending.outgoing.place()?;
+            (place.channel == channel && pending.sent_on == link.generation).then_some(place)
+        };
+        let is_too_long = |pending: &Pending| pending.outgoing.request.body.len() > max;
+        let first = {
+            let state = self.shared.lock();
+            let too_long = state.pending.values().filter(|one| is_too_long(one));
+            too_long.filter_map(place).min()
+        };
+        // If its caller has given up meanwhile, nobody knows what came before it.
+        let is_lost = |pending: &Pending| {
+            place(pending).is_some_and(|place| first.is_none_or(|first| place > first))
+        };
+        self.shared.fail_pending(|pending| {
+            if place(pending).is_some() && is_too_long(pending) {
+                return Some(Error::too_long(&pending.outgoing.request.queue, max));
+            }
+            let unknown = first.is_none() && matches!(pending.resend, Resend::Never);
+            (unknown && is_lost(pending)).then(|| Error::ConnectionLost {
+                reason: close.to_string(),
+            })
+        });
+        for pending in self.shared.lock().pending.values_mut() {
+            if is_lost(pending) {
+                pending.sent_on = 0;
+            }
+        }
+        link.forget_channel(channel);
+    }
+
+    /// Has what is overdue sent again; whether that, or what was refused, is to go out on another
+    /// channel.
     fn give_up_overdue(&self, link: &Link) -> bool {
-        let overdue = self.shared.lock().give_up_overdue(link.generation);
+        let mut state = self.shared.lock();
+        let overdue = state.give_up_overdue(link.generation);
+        let refused = std::mem::take(&mut state.refused);
+        drop(state);
         let stats = &self.shared.stats;
         stats.republished.fetch_add(overdue, Ordering::Relaxed);
-        overdue > 0
+        refused || overdue > 0
     }
 
     /// Opens another channel to publish on. A quorum queue takes what a channel publishes in
     /// sequence; if a part of that is lost with a node, it keeps what follows until the channel is
     /// closed.
+    ///
+    /// # Errors
+    ///
+    /// The broker allows no more channels.
     fn change_channel(
         &self,
         link: &Link,
         connection: &mut Connection,
-        publishing: &mut Option<Channel>,
-    ) -> Result<(), String> {
+        retired: &mut VecDeque<Arc<Channel>>,
+    ) -> Result<(), End> {
         if self.shared.options.reply_to == ReplyTo::Direct {
             return Ok(()); // replies come to the channel that publishes
         }
-        let channel = connection
-            .open_channel()
-            .map_err(|error| error.reason().to_owned())?;
-        link.publishes_on.store(channel.id(), Ordering::Relaxed);
-        drop(publishing.replace(channel)); // closes the one before
+        let lost = |error: crate::amqp::error::Error| End::Lost(error.reason().to_owned());
+        let channel = connection.open_channel().map_err(lost)?;
+        if link.confirms() {
+            channel.say(put_confirm_select);
+        }
+        retired.push_back(link.channel());
+        link.publish_on(channel);
+        // One that is closed confirms nothing any more.
+        while let Some(channel) = retired.front()
+            && (retired.len() > RETIRED_MAX || !link.waits_for(channel.id()))
+        {
+            channel.close();
+            link.forget_channel(channel.id());
+            retired.pop_front();
+        }
         Ok(())
-    }
-
-    /// Finds out about a queue for those whose deadline is near.
-    fn look_at_queue(&self, queue: &Arc<str>, connection: &mut Connection) {
-        if self.shared.lock().blocked.is_some() {
-            return; // the broker would not read the question
-        }
-        match queue::status(connection, queue) {
-            Ok(status) => self.shared.lock().keep_status(Arc::clone(queue), status),
-            Err(error) => log::debug!("cannot ask after the queue: {}", error.reason()),
-        }
     }
 
     /// Sends what is pending and was not sent on this link, as far as there is room.
@@ -425,18 +541,35 @@ impl Manager {
             if link.outbox.wait_for_room(Some(limit)).is_err() {
                 return; // there is more to do than to wait here
             }
-            let Some(unsent) = self.shared.lock().begin_sending(id, link.generation) else {
+            let Some(unsent) = self.shared.lock().begin_sending(id, link) else {
                 continue; // its deadline has passed meanwhile
             };
+            let mut sent = false;
             let encode = |out: &mut Vec<u8>| {
-                link.encode(id, &unsent.request, unsent.deadline, out);
+                sent = link.encode(id, &unsent.outgoing, unsent.deadline, out);
             };
-            if link.outbox.try_send(encode).is_err() {
+            if link.outbox.try_send(encode).is_err() || !sent {
                 return self.shared.is_unsent(id, link.generation);
             }
             let again = u64::from(unsent.again);
             let stats = &self.shared.stats;
             stats.republished.fetch_add(again, Ordering::Relaxed);
         }
+    }
+}
+
+/// Channels on which we have asked after a queue, by their numbers.
+type Questions = HashMap<u16, (Arc<Channel>, Arc<str>)>;
+
+/// Asks after a queue for those whose deadline is near. Nobody waits for the answer.
+fn ask_after(queue: Arc<str>, connection: &mut Connection, questions: &mut Questions) {
+    if questions.values().any(|(_, asked)| *asked == queue) {
+        return; // the broker has not answered yet
+    }
+    match queue::ask_after(connection, &queue) {
+        Ok(channel) => {
+            questions.insert(channel.id(), (channel, queue));
+        }
+        Err(error) => log::debug!("cannot ask after the queue: {}", error.reason()),
     }
 }

@@ -2,18 +2,18 @@
 //! sent again, answered, given up.
 
 use crate::amqp::inbox::Sink;
-use crate::amqp::incoming::{Delivery, Incoming, Message};
+use crate::amqp::incoming::{Confirm, Delivery, Incoming, Message};
 use crate::amqp::queue::QueueStatus;
 use crate::amqp::sync::lock;
 use crate::amqp::time::after;
 use crate::client::correlation::{CorrelationId, CorrelationIds};
-use crate::client::link::{Link, OutgoingRequest};
+use crate::client::link::{Link, Outgoing};
 use crate::client::options::{Options, Retry};
 use crate::error::{Error, WaitingFor};
-use crate::message::Reply;
+use crate::message::{MESSAGE_MAX, Reply};
 use crossbeam_channel::Sender;
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,9 @@ const RETURN_GRACE: Duration = Duration::from_secs(10);
 /// How long before its deadline a call asks after its queue, to say what it was waiting for: this,
 /// or a fifth of the call's whole time if that is less.
 pub(crate) const DIAGNOSIS_TIME: Duration = Duration::from_millis(200);
+
+/// How long the broker may take to confirm a request before it is sent again.
+const CONFIRM_TIME: Duration = Duration::from_secs(1);
 
 pub(crate) type Outcome = Result<Reply, Error>;
 
@@ -53,15 +56,34 @@ pub(crate) enum Event {
 
 /// A call that is not answered yet, as every thread must know it.
 pub(crate) struct Pending {
-    pub request: Arc<OutgoingRequest>,
+    pub outgoing: Arc<Outgoing>,
     pub deadline: Instant,
     /// The generation of the link that it was last sent on; 0 if it is to be sent yet.
     pub sent_on: u64,
     /// Whether the broker returned it because there is no such queue.
     pub returned: bool,
     pub resend: Resend,
+    /// Until the broker has confirmed it, where it confirms.
+    pub unconfirmed: Option<Unconfirmed>,
     /// The way to its caller.
     pub events: Sender<Event>,
+}
+
+/// What the broker has not confirmed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Unconfirmed {
+    /// When it is sent again; it will have been unconfirmed for so long then.
+    at: Instant,
+    time: Duration,
+    /// When the broker first said that it has not taken it, if it did.
+    refused: Option<Instant>,
+}
+
+impl Unconfirmed {
+    /// When it was sent last.
+    fn sent(&self) -> Instant {
+        self.at.checked_sub(self.time).unwrap_or(self.at)
+    }
 }
 
 /// When a request is to be sent again.
@@ -96,7 +118,28 @@ impl Pending {
         match self.sent_on {
             _ if self.is_over(now) => None,
             0 => Some(now),
-            _ => self.resend.time(),
+            _ => self.due_once_sent(),
+        }
+    }
+
+    /// When it is sent again, if it stays unanswered and unconfirmed.
+    fn due_once_sent(&self) -> Option<Instant> {
+        let unconfirmed = self.unconfirmed.map(|unconfirmed| unconfirmed.at);
+        let times = [self.resend.time(), unconfirmed];
+        times.into_iter().flatten().min()
+    }
+
+    /// It is being published where the broker confirms. What must not be executed twice is not
+    /// sent again for want of a confirm.
+    fn expect_confirm(&mut self, now: Instant) {
+        if !matches!(self.resend, Resend::Never) {
+            let before = self.unconfirmed;
+            let time = before.map_or(CONFIRM_TIME, |before| before.time);
+            self.unconfirmed = Some(Unconfirmed {
+                at: after(now, time),
+                time,
+                refused: before.and_then(|before| before.refused),
+            });
         }
     }
 
@@ -109,7 +152,7 @@ impl Pending {
 
 /// A request that the connection manager is to send.
 pub(crate) struct Unsent {
-    pub request: Arc<OutgoingRequest>,
+    pub outgoing: Arc<Outgoing>,
     pub deadline: Instant,
     /// Whether it was sent on an earlier link. What is overdue is counted when it is given up.
     pub again: bool,
@@ -123,6 +166,8 @@ pub(crate) struct Shared {
     /// Tells the connection manager to look at the state.
     wake: Sender<()>,
     pub stats: Stats,
+    /// The longest request that the broker takes, as far as is known, in bytes.
+    pub message_max: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -143,6 +188,8 @@ pub(crate) struct State {
     /// The broker's reason, while it blocks publishers: nothing is published meanwhile.
     pub blocked: Option<String>,
     pub pending: HashMap<CorrelationId, Pending>,
+    /// Whether the broker has not taken something on the channel that requests are published on.
+    pub refused: bool,
     /// When the connection manager looks next for what is to be sent; `None` if nothing is.
     pub next_look: Option<Instant>,
     /// Why the latest attempt to connect failed, until one succeeds.
@@ -161,6 +208,7 @@ impl Shared {
             ids: CorrelationIds::new(),
             wake,
             stats: Stats::default(),
+            message_max: AtomicUsize::new(MESSAGE_MAX),
         }
     }
 
@@ -175,18 +223,26 @@ impl Shared {
     }
 
     /// Registers a call and sends its request, or leaves that to the connection manager. To
-    /// `collect`, it is appended to what is sent next; then the link is returned.
+    /// `collect`, it is appended to what is sent next on the link that is returned.
     pub fn begin(
         &self,
         id: CorrelationId,
         mut pending: Pending,
         collect: bool,
     ) -> Option<Arc<Link>> {
+        let max = self.message_max.load(Ordering::Relaxed);
         let mut state = self.lock();
-        if state.closing {
+        let refusal = if state.closing {
+            Some(Error::Closed)
+        } else if pending.outgoing.request.body.len() > max {
+            Some(Error::too_long(&pending.outgoing.request.queue, max))
+        } else {
+            None
+        };
+        if let Some(error) = refusal {
             drop(state);
-            let closed = Settled::now(id, Err(Error::Closed));
-            let _ = pending.events.send(Event::Settled(closed));
+            let settled = Settled::now(id, Err(error));
+            let _ = pending.events.send(Event::Settled(settled));
             return None;
         }
         // What a broker that blocks is sent now, it would read and execute when nobody waits for
@@ -196,20 +252,25 @@ impl Shared {
         let generation = link.as_ref().map_or(0, |link| link.generation);
         // Before it is sent, so that its reply finds it, and a new link does not send it again.
         pending.sent_on = generation;
-        let (request, deadline) = (Arc::clone(&pending.request), pending.deadline);
-        let look = pending.resend.time().is_some_and(|at| state.look_at(at));
+        if link.as_ref().is_some_and(|link| link.confirms()) {
+            pending.expect_confirm(Instant::now());
+        }
+        let (outgoing, deadline) = (Arc::clone(&pending.outgoing), pending.deadline);
+        let look = pending.due_once_sent().is_some_and(|at| state.look_at(at));
         state.pending.insert(id, pending);
         drop(state);
         let sent = link.as_ref().is_some_and(|link| {
-            let encode = |out: &mut Vec<u8>| link.encode(id, &request, deadline, out);
-            if !collect {
-                return link.outbox.try_send(encode).is_ok();
-            }
-            let appended = link.outbox.try_append(encode);
-            if appended == Ok(true) {
-                link.outbox.flush();
-            }
-            appended.is_ok()
+            let mut sent = false;
+            let encode = |out: &mut Vec<u8>| sent = link.encode(id, &outgoing, deadline, out);
+            let taken = match collect {
+                true => link.outbox.try_append(encode).map(|enough| {
+                    if enough {
+                        link.outbox.flush();
+                    }
+                }),
+                false => link.outbox.try_send(encode),
+            };
+            taken.is_ok() && sent
         });
         if !sent {
             self.is_unsent(id, generation);
@@ -217,7 +278,7 @@ impl Shared {
         if look || !(sent || held_back) {
             self.wake_manager();
         }
-        link.filter(|_| sent && collect)
+        link.filter(|_| sent)
     }
 
     /// Leaves a request that could not be sent on that link to the connection manager.
@@ -248,6 +309,10 @@ impl Shared {
         match incoming {
             Incoming::Delivery(Delivery { message, .. }) => self.accept_reply(message, is_mine),
             Incoming::Returned(message) => self.accept_return(link, &message, is_mine),
+            Incoming::Confirm(confirm) => {
+                self.accept_confirm(link, confirm);
+                None
+            }
             Incoming::Channel(..) | Incoming::Blocked(_) | Incoming::Unblocked => {
                 // A connection manager that has moved on to another link does not need to know.
                 let _ = link.events.send(incoming);
@@ -293,8 +358,47 @@ impl Shared {
         }
         let pending = state.pending.remove(&id)?;
         drop(state);
-        let queue = pending.request.queue.to_string();
+        let queue = pending.outgoing.request.queue.to_string();
         hand_over(id, Err(Error::NoServer { queue }), &pending, is_mine)
+    }
+
+    /// Deals with what the broker says of requests that were published: it has taken them, or not.
+    fn accept_confirm(&self, link: &Link, confirm: Confirm) {
+        for (place, id) in link.confirmed(confirm) {
+            let mut state = self.lock();
+            let state = &mut *state;
+            let Some(pending) = state.pending.get_mut(&id) else {
+                continue; // answered already
+            };
+            if pending.outgoing.place() != Some(place) || pending.sent_on != link.generation {
+                continue; // sent again meanwhile
+            }
+            if confirm.taken {
+                pending.unconfirmed = None;
+                continue;
+            }
+            // Its queue is full, or has lost its node. So it is sent again on another channel, and
+            // the queue asked after. If the queue was there then, and not empty, and it is refused
+            // after that, then the queue is full.
+            let queue = Arc::clone(&pending.outgoing.request.queue);
+            let is_full = pending.unconfirmed.as_mut().is_none_or(|unconfirmed| {
+                let sent = unconfirmed.sent();
+                let first = *unconfirmed.refused.get_or_insert_with(Instant::now);
+                state.queues.get(&queue).is_some_and(|&(at, status)| {
+                    first < at && at < sent && status.is_some_and(|status| status.ready > 0)
+                })
+            });
+            if !is_full {
+                pending.sent_on = 0;
+                state.refused = true;
+                state.asked_after.insert(queue);
+                self.stats.republished.fetch_add(1, Ordering::Relaxed);
+                self.wake_manager();
+            } else if let Some(pending) = state.pending.remove(&id) {
+                let settled = Settled::now(id, Err(Error::refused(&queue)));
+                let _ = pending.events.send(Event::Settled(settled));
+            }
+        }
     }
 
     pub fn report_broken(&self, generation: u64) {
@@ -408,16 +512,40 @@ impl State {
             if pending.is_over(now) {
                 continue;
             }
-            if let Resend::At(at, after) = &mut pending.resend
-                && pending.sent_on == generation
+            if pending.sent_on != generation {
+                continue;
+            }
+            let mut is_overdue = false;
+            if let Resend::At(at, time) = &mut pending.resend
                 && now >= *at
             {
-                *after = after.saturating_mul(2);
+                *time = time.saturating_mul(2);
+                is_overdue = true;
+            }
+            if let Some(unconfirmed) = &mut pending.unconfirmed
+                && now >= unconfirmed.at
+            {
+                unconfirmed.time = unconfirmed.time.saturating_mul(2);
+                is_overdue = true;
+            }
+            if is_overdue {
                 pending.sent_on = 0;
                 overdue += 1;
             }
         }
         overdue
+    }
+
+    /// The broker reads again, and has not confirmed anything meanwhile.
+    pub fn restart_confirms(&mut self) {
+        let now = Instant::now();
+        for unconfirmed in self
+            .pending
+            .values_mut()
+            .filter_map(|one| one.unconfirmed.as_mut())
+        {
+            unconfirmed.at = after(now, unconfirmed.time);
+        }
     }
 
     /// What is pending and was not sent on this link, in the order in which it was submitted.
@@ -433,19 +561,22 @@ impl State {
 
     /// Marks a request as sent on a link, before it is, so that its reply finds it; `None` if it is
     /// not to be sent any more.
-    pub fn begin_sending(&mut self, id: CorrelationId, generation: u64) -> Option<Unsent> {
+    pub fn begin_sending(&mut self, id: CorrelationId, link: &Link) -> Option<Unsent> {
         let now = Instant::now();
         let pending = self
             .pending
             .get_mut(&id)
             .filter(|pending| !pending.is_over(now))?;
         let again = pending.sent_on > 0;
-        (pending.sent_on, pending.returned) = (generation, false);
+        (pending.sent_on, pending.returned) = (link.generation, false);
+        if link.confirms() {
+            pending.expect_confirm(now);
+        }
         if let Resend::At(at, time) = &mut pending.resend {
             *at = after(now, *time);
         }
         Some(Unsent {
-            request: Arc::clone(&pending.request),
+            outgoing: Arc::clone(&pending.outgoing),
             deadline: pending.deadline,
             again,
         })
@@ -503,7 +634,7 @@ impl Sink for ReplySink {
             (None, Incoming::Delivery(Delivery { message, .. })) => {
                 let _ = self.shared.accept_reply(message, |_| false);
             }
-            (None, Incoming::Returned(_)) => {}
+            (None, Incoming::Returned(_) | Incoming::Confirm(_)) => {}
         }
     }
 

@@ -5,7 +5,7 @@ use crate::command::cli::{BenchArgs, Global, ReportKind};
 use crate::command::exit::{INTERRUPTED, class};
 use crate::command::signals::on_first_signal;
 use crate::fib;
-use fibrpc::{Answer, Calls, Client};
+use fibrpc::{Answer, Calls, Client, RequestBuilder};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -111,7 +111,7 @@ struct Run<'c> {
     queue: &'c str,
     /// Each call's key is the time it was due.
     calls: Calls<'c, Instant>,
-    request: Vec<u8>,
+    body: Vec<u8>,
     expected: Vec<u8>,
     length: Length,
     began: Instant,
@@ -138,7 +138,7 @@ impl<'c> Run<'c> {
             client,
             queue,
             calls: client.calls(),
-            request: argument.to_string().into_bytes(),
+            body: argument.to_string().into_bytes(),
             expected: expected.to_string().into_bytes(),
             length,
             began: now,
@@ -158,13 +158,19 @@ impl<'c> Run<'c> {
     fn closed(mut self, in_flight: usize) -> Report {
         let mut now = self.began;
         loop {
-            while self.calls.len() < in_flight && self.has_more(now) {
-                self.send(now);
+            let mut requests = Vec::new();
+            while self.calls.len() + requests.len() < in_flight && self.has_more(now) {
+                requests.push(self.request(now));
             }
+            self.calls.extend(requests);
             let Some(answer) = self.calls.next() else {
                 return self.end();
             };
             now = self.take(&answer);
+            // What has come in with it.
+            while let Some(answer) = self.calls.next_before(now) {
+                now = self.take(&answer);
+            }
         }
     }
 
@@ -175,10 +181,13 @@ impl<'c> Run<'c> {
         loop {
             let mut now = Instant::now();
             let mut next = due(self.sent, self.began);
-            while next <= now && self.has_more(next) && self.calls.len() < PILE_MAX {
-                self.send(next);
+            let mut requests = Vec::new();
+            while next <= now && self.has_more(next) && self.calls.len() + requests.len() < PILE_MAX
+            {
+                requests.push(self.request(next));
                 next = due(self.sent, self.began);
             }
+            self.calls.extend(requests);
             if self.calls.is_empty() {
                 if !self.has_more(next) {
                     return self.end();
@@ -207,10 +216,11 @@ impl<'c> Run<'c> {
             }
     }
 
-    fn send(&mut self, due: Instant) {
-        let request = self.client.request(self.queue);
-        self.calls.submit(due, request.body(&*self.request));
+    /// The next request, which is due at that time.
+    fn request(&mut self, due: Instant) -> (Instant, RequestBuilder<'c>) {
         self.sent += 1;
+        let request = self.client.request(self.queue);
+        (due, request.body(&*self.body))
     }
 
     /// Counts an answer; returns the time.

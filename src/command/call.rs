@@ -93,12 +93,13 @@ impl Run<'_> {
         // Whether the question at the head has been announced.
         let mut announced = false;
         while !self.client.is_closed() {
+            let mut requests = Vec::new();
             while !ended && self.open.len() < self.window {
                 // With nothing under way, there is nothing else to wait for.
                 match self.source.next(self.open.is_empty()) {
                     Next::Number(n) => {
                         let request = self.client.request(self.queue).body(n.to_string());
-                        self.calls.submit(self.taken, request);
+                        requests.push((self.taken, request));
                         self.open.push_back(Open::Waiting(n));
                     }
                     Next::Bad(reason) => self.open.push_back(Open::Bad(reason)),
@@ -110,6 +111,7 @@ impl Run<'_> {
                 }
                 self.taken += 1;
             }
+            self.calls.extend(requests);
             while let Some(head) = self.open.front() {
                 match head {
                     Open::Waiting(n) if !announced => {

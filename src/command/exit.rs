@@ -47,6 +47,7 @@ pub fn class(error: &Error) -> (&'static str, u8) {
         Error::NoServer { .. } => ("no-server", NO_SERVER),
         Error::Unreachable { .. } | Error::QueueRefused { .. } => ("unreachable", 6),
         Error::ConnectionLost { .. } => ("connection-lost", 7),
+        Error::Rejected { .. } => ("rejected", 8),
         Error::Closed | Error::Stopped => ("interrupted", INTERRUPTED),
         _ => ("internal", 1),
     }

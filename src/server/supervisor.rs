@@ -1,25 +1,25 @@
-//! The supervisor: the thread of a server that connects, opens a channel for each worker, and when
-//! anything ends one of them, closes the connection and connects again.
+//! The supervisor: the thread of a server that connects, opens a channel for each worker, and
+//! opens another when the broker has closed one, or connects again when the connection is lost.
 //!
-//! A worker that is still busy with a request of the old connection is not disturbed; there are
-//! never more handlers running than workers.
+//! A worker that is still busy with a request of the old channel is not disturbed; there are never
+//! more handlers running than workers.
 
 use crate::amqp::channel::{Channel, SETUP_TIME};
 use crate::amqp::connection::Connection;
-use crate::amqp::error::GONE;
-use crate::amqp::frame::{put_cancel, put_consume, put_qos, put_requeue};
+use crate::amqp::error::{Error as AmqpError, GONE};
+use crate::amqp::frame::{put_cancel, put_consume, put_qos, put_requeue, reply_code};
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, Incoming};
-use crate::amqp::queue;
+use crate::amqp::queue::{self, Events};
 use crate::amqp::sync::Never;
 use crate::amqp::time::{Backoff, FAR_FUTURE, after, time_left};
 use crate::error::Error;
 use crate::server::options::Options;
-use crate::server::work_queue::{Event, RequestSink, Session, Task, WorkQueue};
+use crate::server::work_queue::{Event, RequestSink, Session, WorkQueue};
 use crate::server::worker::Stats;
-use crossbeam_channel::{Receiver, RecvError, Sender, bounded, select};
+use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError, bounded, select};
 use log::Level;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -69,13 +69,6 @@ enum End {
     Lost(Error),
 }
 
-impl End {
-    fn lost(reason: impl Into<String>) -> End {
-        let reason = reason.into();
-        End::Lost(Error::ConnectionLost { reason })
-    }
-}
-
 impl Supervisor {
     /// Serves until the server is told to stop, and all requests being executed are answered.
     ///
@@ -93,18 +86,21 @@ impl Supervisor {
         let mut backoff = Backoff::default();
         while let Some(mut connection) = self.connect(&mut backoff)? {
             let began = Instant::now();
-            let mut channels = Vec::new();
+            let mut channels = Channels::default();
             let mut error = match self.serve(&mut connection, &mut channels) {
                 End::Stopping => return self.drain(&mut connection, channels),
                 End::Lost(error) => error,
             };
             self.queue.end_session(self.number);
             // Closing tells the true cause, if it was the connection.
-            if let Err(reason) = connection.close()
-                && matches!(error, Error::ConnectionLost { .. })
+            if let Err(cause) = connection.close()
+                && let Error::ConnectionLost { reason } = &mut error
+                && reason == GONE
             {
-                error = Error::ConnectionLost { reason };
+                *reason = cause;
             }
+            self.queue
+                .connection_closed(connection.inbox.close_reason());
             log::warn!(
                 "lost the connection {}: {}",
                 connection.name,
@@ -120,8 +116,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Connects and makes sure of the queue: tries as long as there is patience. `None` if the
-    /// server is to stop.
+    /// Connects: tries as long as there is patience. `None` if the server is to stop.
     fn connect(&mut self, backoff: &mut Backoff) -> Result<Option<Connection>, Error> {
         loop {
             let error = match self.attempt() {
@@ -189,12 +184,8 @@ impl Supervisor {
                 Box::new(RequestSink { queue, number })
             };
             let connection = Connection::open(&options.endpoints, "server", deadline, &sink);
-            let declared = connection.and_then(|mut connection| {
-                queue::ensure(&mut connection, &options.queue, options.queue_type)?;
-                Ok(connection)
-            });
             // If nobody waits any more, the connection is dropped here, which closes it.
-            let _ = done.send(declared.map_err(Error::from));
+            let _ = done.send(connection.map_err(Error::from));
         };
         let spawned = thread::Builder::new()
             .name("fibrpc-connect".to_owned())
@@ -224,94 +215,175 @@ impl Supervisor {
     }
 
     /// Has the workers serve a new connection, until it is lost or the server is to stop.
-    fn serve(&mut self, connection: &mut Connection, channels: &mut Vec<Channel>) -> End {
-        // The broker may have closed the channel on which we have asked after the queue, and a new
-        // one gets its number.
-        while self.told.try_recv().is_ok() {}
-        // A broker that is alive may still not answer `basic.consume`: a quorum queue without a
-        // majority, for example.
+    fn serve(&mut self, connection: &mut Connection, channels: &mut Channels) -> End {
+        // A broker that is alive may still not answer: a quorum queue without a majority, for
+        // example.
         let patience = match &self.starting {
             Some(Starting { give_up_at, .. }) => time_left(*give_up_at),
             None => SETUP_TIME,
         };
-        let consume_by = after(Instant::now(), patience);
-        let mut watchdog = Some(connection.outbox.abort_after(patience));
-        for _ in 0..self.options.workers {
-            match connection.open_channel() {
-                Ok(channel) => channels.push(channel),
-                Err(error) => return End::lost(error.reason()),
-            }
+        let mut told = Told {
+            told: self.told.clone(),
+            stop: self.stop.clone(),
+            number: self.number,
+            later: VecDeque::new(),
+            deadline: after(Instant::now(), patience),
+        };
+        let served = self
+            .set_up(connection, channels, &mut told)
+            .and_then(|()| self.keep_up(connection, channels, &mut told));
+        match served {
+            Err(error) if !self.is_to_stop() => End::Lost(error),
+            _ => End::Stopping,
         }
-        for channel in &*channels {
-            self.consume(connection, channel);
+    }
+
+    fn is_to_stop(&self) -> bool {
+        self.stop.try_recv() == Err(TryRecvError::Disconnected)
+    }
+
+    fn unreachable(&self, reason: impl Into<String>) -> Error {
+        Error::Unreachable {
+            endpoint: self.options.endpoints.to_string(),
+            reason: reason.into(),
+            source: None,
         }
-        let mut consuming = HashSet::new();
+    }
+
+    /// Makes sure of the queue, and begins to consume it on a channel for each worker.
+    ///
+    /// # Errors
+    ///
+    /// Why that cannot be.
+    fn set_up(
+        &self,
+        connection: &mut Connection,
+        channels: &mut Channels,
+        told: &mut Told,
+    ) -> Result<(), Error> {
+        let (workers, max) = (self.options.workers, connection.channel_max());
+        // One more, to ask after the queue.
+        if workers >= usize::from(max) {
+            return Err(self.unreachable(format!(
+                "it allows {max} channels on a connection; {workers} workers need one each, and \
+                 one is for questions, so start fewer workers, or several servers"
+            )));
+        }
+        self.ensure_queue(connection, told)?;
+        self.fill_up(connection, channels)
+    }
+
+    /// Deals with what the broker says of the channels, until the server is to stop.
+    ///
+    /// # Errors
+    ///
+    /// Why the connection is of no use any more.
+    fn keep_up(
+        &mut self,
+        connection: &mut Connection,
+        channels: &mut Channels,
+        told: &mut Told,
+    ) -> Result<(), Error> {
+        let lost = |reason: &str| Error::ConnectionLost {
+            reason: reason.to_owned(),
+        };
+        let mut backoff = Backoff::default();
         loop {
-            let event = select! {
-                recv(self.told) -> event => event,
-                recv(connection.down) -> _ => {
-                    if watchdog.is_none() || Instant::now() < consume_by {
-                        return End::lost(GONE);
-                    }
-                    return End::Lost(Error::Unreachable {
-                        endpoint: self.options.endpoints.to_string(),
-                        reason: "it does not answer basic.consume".to_owned(),
-                        source: None,
-                    });
+            let now = Instant::now();
+            if channels.reopen_at.is_some_and(|at| now >= at) {
+                channels.reopen_at = None;
+                channels.opened = now;
+                told.deadline = now + SETUP_TIME;
+                self.fill_up(connection, channels)?;
+            }
+            let overdue_at =
+                (channels.consuming.len() < channels.open.len()).then_some(told.deadline);
+            let wake_at = [overdue_at, channels.reopen_at].into_iter().flatten().min();
+            let incoming = match told.next(connection, wake_at) {
+                Ok(incoming) => incoming,
+                Err(Silence::Stop) => return Ok(()),
+                Err(Silence::Down) => return Err(lost(GONE)),
+                Err(Silence::Deadline) if overdue_at.is_some_and(|at| Instant::now() >= at) => {
+                    return Err(self.unreachable("it does not answer basic.consume"));
                 }
-                recv(self.stop) -> _ => return End::Stopping,
+                Err(Silence::Deadline) => continue,
             };
-            match event {
-                Ok(Event::Incoming(number, incoming)) if number == self.number => match incoming {
-                    // On which we have asked after the queue.
-                    Incoming::Channel(other, _)
-                        if !channels.iter().any(|one| one.id() == other) => {}
-                    Incoming::Channel(channel, ChannelEvent::Consuming) => {
-                        let first = consuming.insert(channel);
-                        if first && consuming.len() == channels.len() {
-                            watchdog = None;
-                            self.announce(connection);
-                        }
+            match incoming {
+                Incoming::Channel(id, ChannelEvent::Consuming) => {
+                    let is_new = channels.open.contains_key(&id) && channels.consuming.insert(id);
+                    if is_new && channels.consuming.len() == self.options.workers {
+                        self.announce(connection, channels);
                     }
-                    Incoming::Channel(channel, ChannelEvent::QueueGone) => {
-                        if let Err(error) = self.consume_again(connection, channels, channel) {
-                            return End::Lost(error);
-                        }
+                }
+                Incoming::Channel(id, ChannelEvent::QueueGone) => {
+                    if let Some(channel) = channels.open.get(&id) {
+                        self.consume_again(connection, channel, told)?;
                     }
-                    Incoming::Channel(_, ChannelEvent::Closed(close)) => {
+                }
+                Incoming::Channel(id, ChannelEvent::Closed(close)) => {
+                    if channels.open.remove(&id).is_none() {
+                        continue; // one on which we have asked after the queue
+                    }
+                    channels.consuming.remove(&id);
+                    if !channels.announced {
                         let (queue, said) = (&self.options.queue, close.to_string());
-                        return match queue::refusal(queue, close.code, &said) {
-                            Some(refusal) => End::Lost(refusal.into()),
-                            None => End::lost(said),
-                        };
+                        return Err(match queue::refusal(queue, close.code, &said) {
+                            Some(refusal) => refusal.into(),
+                            None => lost(&said),
+                        });
                     }
-                    Incoming::Blocked(reason) => {
-                        log::warn!("the broker has blocked publishers ({reason}); replies wait");
+                    log::warn!("lost a channel: {close}; opening another");
+                    if close.code == reply_code::NOT_FOUND {
+                        told.deadline = now + SETUP_TIME;
+                        self.ensure_queue(connection, told)?;
                     }
-                    Incoming::Unblocked => log::warn!("the broker accepts publishers again"),
-                    // Not asked for yet; not sent here.
-                    Incoming::Channel(_, ChannelEvent::Cancelled)
-                    | Incoming::Delivery(_)
-                    | Incoming::Returned(_) => {}
-                },
-                Ok(Event::Incoming(..) | Event::Finished) => {}
-                // The work queue has a sender, and we have the work queue.
-                Err(RecvError) => return End::Stopping,
+                    if channels.reopen_at.is_none() {
+                        backoff.held_for(channels.opened.elapsed());
+                        channels.reopen_at = Some(now + backoff.next());
+                    }
+                }
+                Incoming::Blocked(reason) => {
+                    log::warn!("the broker has blocked publishers ({reason}); replies wait");
+                }
+                Incoming::Unblocked => log::warn!("the broker accepts publishers again"),
+                // Not asked for, or of no consequence.
+                Incoming::Channel(..)
+                | Incoming::Delivery(_)
+                | Incoming::Returned(_)
+                | Incoming::Confirm(_) => {}
             }
         }
     }
 
+    fn ensure_queue(&self, connection: &mut Connection, told: &mut Told) -> Result<(), Error> {
+        let (queue, queue_type) = (&self.options.queue, self.options.queue_type);
+        Ok(queue::ensure(connection, told, queue, queue_type)?)
+    }
+
+    /// Opens channels until there is one for each worker, and begins to consume on them.
+    fn fill_up(&self, connection: &mut Connection, channels: &mut Channels) -> Result<(), Error> {
+        while channels.open.len() < self.options.workers {
+            let channel = connection.open_channel()?;
+            channels.open.insert(channel.id(), Arc::clone(&channel));
+            self.queue.add_channel(&channel);
+            self.consume(&channel);
+        }
+        Ok(())
+    }
+
     /// Begins to consume on a channel.
-    fn consume(&self, connection: &Connection, channel: &Channel) {
-        // A dead connection is known by other ways.
-        let _ = connection.outbox.send(None, |out| {
-            put_qos(out, channel.id(), self.options.prefetch);
-            put_consume(out, channel.id(), self.options.queue.as_bytes(), false);
+    fn consume(&self, channel: &Channel) {
+        channel.say(|out, id| {
+            put_qos(out, id, self.options.prefetch);
+            put_consume(out, id, self.options.queue.as_bytes(), false);
         });
     }
 
     /// Every channel consumes: the workers may begin.
-    fn announce(&mut self, connection: &Connection) {
+    fn announce(&mut self, connection: &Connection, channels: &mut Channels) {
+        if std::mem::replace(&mut channels.announced, true) {
+            return;
+        }
         // Whoever reads of a lost connection wants to read of its return.
         let level = match self.starting {
             Some(_) => Level::Info,
@@ -334,48 +406,46 @@ impl Supervisor {
     fn consume_again(
         &self,
         connection: &mut Connection,
-        channels: &[Channel],
-        id: u16,
+        channel: &Channel,
+        told: &mut Told,
     ) -> Result<(), Error> {
-        let Some(channel) = channels.iter().find(|channel| channel.id() == id) else {
-            return Ok(());
-        };
-        let (queue, queue_type) = (&self.options.queue, self.options.queue_type);
+        let queue = &self.options.queue;
         log::warn!("the queue '{queue}' was deleted; declaring it again unless somebody else has");
-        queue::ensure(connection, queue, queue_type)?;
-        self.consume(connection, channel);
+        told.deadline = Instant::now() + SETUP_TIME;
+        self.ensure_queue(connection, told)?;
+        self.consume(channel);
         Ok(())
     }
 
     /// Stops consuming, lets the workers finish what they have begun, gives the rest back.
-    fn drain(&mut self, connection: &mut Connection, channels: Vec<Channel>) -> Result<(), Error> {
+    fn drain(&mut self, connection: &mut Connection, mut channels: Channels) -> Result<(), Error> {
         let time = self.options.drain_timeout;
         let deadline = after(Instant::now(), time);
         let give_up_at = deadline.min(Instant::now() + CANCEL_TIME);
         // Whatever may still block gets an error when the time is up.
         let _watchdog = connection.outbox.abort_after(time);
         self.queue.stop();
-        for channel in &channels {
-            let cancel = |out: &mut Vec<u8>| put_cancel(out, channel.id());
-            let _ = connection.outbox.send(Some(deadline), cancel);
+        for channel in channels.open.values() {
+            channel.say(put_cancel);
         }
-        let mut cancelled = 0;
+        let mut closing = false;
         loop {
             let (busy, backlog) = self.queue.take_backlog();
-            for Task { delivery, .. } in backlog {
-                let requeue = |out: &mut Vec<u8>| put_requeue(out, delivery.channel, delivery.tag);
-                let _ = connection.outbox.send(Some(deadline), requeue);
+            for (channel, tag) in backlog {
+                channel.say(|out, id| put_requeue(out, id, tag));
             }
-            if busy == 0 && cancelled == channels.len() {
-                // Closing a channel is behind the last reply on it: once that is done, it has
+            if busy == 0 && channels.consuming.is_empty() && !closing {
+                // Closing a channel is behind the last reply on it: once that is confirmed, it has
                 // arrived.
-                drop(channels);
-                let _ = connection.close();
-                return Ok(());
+                closing = true;
+                for channel in channels.open.values() {
+                    channel.close();
+                }
             }
-            if busy == 0 && Instant::now() >= give_up_at {
-                // The broker does not listen; it gives back what it has given us when it finds
-                // the connection closed.
+            // Or the broker does not listen; it gives back what it has given us when it finds the
+            // connection closed.
+            let is_deaf = busy == 0 && Instant::now() >= give_up_at;
+            if is_deaf || closing && channels.open.is_empty() {
                 let _ = connection.close();
                 return Ok(());
             }
@@ -387,30 +457,147 @@ impl Supervisor {
                 });
             }
             let wake_at = if busy == 0 { give_up_at } else { deadline };
-            let reason = select! {
-                recv(self.told) -> event => match event {
-                    Ok(Event::Incoming(number, incoming)) if number == self.number => match incoming {
-                        Incoming::Channel(_, ChannelEvent::Cancelled) => {
-                            cancelled += 1;
-                            continue;
-                        }
-                        Incoming::Channel(_, ChannelEvent::Closed(reason)) => reason.to_string(),
-                        _ => continue,
-                    },
-                    _ => continue,
-                },
-                recv(connection.down) -> _ => GONE.to_owned(),
+            let event = select! {
+                recv(self.told) -> event => event,
+                recv(connection.down) -> _ => {
+                    if Instant::now() >= deadline {
+                        continue; // the watchdog has ended it
+                    }
+                    // Nothing can be answered any more; the broker gives it all to others.
+                    log::warn!("lost the connection {} while draining", connection.name);
+                    return Ok(());
+                }
                 default(wake_at.saturating_duration_since(Instant::now())) => continue,
             };
-            if Instant::now() >= deadline {
-                continue; // the watchdog has ended it
+            let Ok(Event::Incoming(number, incoming)) = event else {
+                continue;
+            };
+            if number != self.number {
+                continue;
             }
-            // Nothing can be answered any more; the broker gives it all to others.
-            log::warn!(
-                "lost the connection {} while draining: {reason}",
-                connection.name
-            );
-            return Ok(());
+            connection.note(&incoming);
+            match incoming {
+                Incoming::Channel(id, ChannelEvent::Cancelled) => {
+                    channels.consuming.remove(&id);
+                }
+                // What had come on it is given to others.
+                Incoming::Channel(id, ChannelEvent::ClosedAsAsked | ChannelEvent::Closed(_)) => {
+                    channels.open.remove(&id);
+                    channels.consuming.remove(&id);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The channels of a connection on which requests come, one for each worker.
+struct Channels {
+    /// Those that are open, by their numbers.
+    open: HashMap<u16, Arc<Channel>>,
+    /// Those of them on which the broker has begun to deliver.
+    consuming: HashSet<u16>,
+    /// Whether all of them have consumed once.
+    announced: bool,
+    /// When others are to be opened in place of those that were lost.
+    reopen_at: Option<Instant>,
+    /// When the latest were opened.
+    opened: Instant,
+}
+
+impl Default for Channels {
+    fn default() -> Channels {
+        Channels {
+            open: HashMap::new(),
+            consuming: HashSet::new(),
+            announced: false,
+            reopen_at: None,
+            opened: Instant::now(),
+        }
+    }
+}
+
+/// What comes in on the connection of one attempt.
+struct Told {
+    told: Receiver<Event>,
+    stop: Receiver<Never>,
+    number: u64,
+    /// What came in while something else was waited for.
+    later: VecDeque<Incoming>,
+    /// How long an answer is waited for.
+    deadline: Instant,
+}
+
+/// Why nothing comes in.
+enum Silence {
+    /// The server is to stop.
+    Stop,
+    /// The connection is dead.
+    Down,
+    Deadline,
+}
+
+impl Told {
+    /// What comes in next, before the deadline, if there is one.
+    fn next(
+        &mut self,
+        connection: &mut Connection,
+        deadline: Option<Instant>,
+    ) -> Result<Incoming, Silence> {
+        match self.later.pop_front() {
+            Some(incoming) => Ok(incoming),
+            None => self.hear(connection, deadline),
+        }
+    }
+
+    fn hear(
+        &mut self,
+        connection: &mut Connection,
+        deadline: Option<Instant>,
+    ) -> Result<Incoming, Silence> {
+        loop {
+            let wait = deadline.map_or(FAR_FUTURE, |at| {
+                at.saturating_duration_since(Instant::now())
+            });
+            let event = select! {
+                recv(self.told) -> event => event,
+                recv(connection.down) -> _ => return Err(Silence::Down),
+                recv(self.stop) -> _ => return Err(Silence::Stop),
+                default(wait) => return Err(Silence::Deadline),
+            };
+            match event {
+                Ok(Event::Incoming(number, incoming)) if number == self.number => {
+                    connection.note(&incoming);
+                    return Ok(incoming);
+                }
+                Ok(_) => {} // of an earlier connection
+                // The work queue has a sender, and the supervisor has the work queue.
+                Err(RecvError) => return Err(Silence::Stop),
+            }
+        }
+    }
+}
+
+impl Events for Told {
+    fn next_of(
+        &mut self,
+        connection: &mut Connection,
+        channel: u16,
+    ) -> Result<ChannelEvent, AmqpError> {
+        loop {
+            match self.hear(connection, Some(self.deadline)) {
+                Ok(Incoming::Channel(id, event)) if id == channel => return Ok(event),
+                Ok(incoming) => self.later.push_back(incoming),
+                Err(silence) => {
+                    let reason = match silence {
+                        Silence::Deadline => "the broker does not answer queue.declare",
+                        Silence::Down | Silence::Stop => GONE,
+                    };
+                    return Err(AmqpError::Lost {
+                        reason: reason.to_owned(),
+                    });
+                }
+            }
         }
     }
 }

@@ -2,14 +2,24 @@
 //!
 //! Any free worker takes the next request. A worker that finds nothing to do reads the socket
 //! itself (see [`crate::amqp::inbox`]).
+//!
+//! A request is delivered on a channel, and answered and acknowledged there. If the channel ends
+//! meanwhile, the broker delivers the request again, perhaps to us: then it is not begun a second
+//! time, and the answer goes to where it has come back. Until it does, it is an *orphan*.
 
+use crate::amqp::channel::Channel;
+use crate::amqp::frame::{Publish, put_ack, put_publish, put_qos};
 use crate::amqp::inbox::{Inbox, Lead, READ_TIME_MAX, Sink};
-use crate::amqp::incoming::{Delivery, Incoming};
+use crate::amqp::incoming::{ChannelEvent, CloseReason, Delivery, Incoming};
 use crate::amqp::outbox::{APPENDED_MAX, Outbox};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::Down;
+use crate::message::MESSAGE_MAX;
+use crate::server::suspects::{Key, Suspects};
 use crossbeam_channel::Sender;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::hash::RandomState;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -29,10 +39,32 @@ pub(crate) struct Session {
     pub outbox: Arc<Outbox>,
 }
 
-/// A delivery, and when it arrived.
-pub(crate) struct Task {
+/// A request that nobody has begun yet.
+struct Task {
+    delivery: Delivery,
+    arrived: Instant,
+    channel: Arc<Channel>,
+    key: Key,
+}
+
+/// What a worker is to do.
+pub(crate) struct Job {
     pub delivery: Delivery,
     pub arrived: Instant,
+    /// Why the reply to this request cannot be sent, if that is known: it has been tried.
+    pub guilty: Option<CloseReason>,
+}
+
+/// A request that is being executed.
+struct Execution {
+    key: Key,
+    /// Where it is to be answered; `None` for an orphan.
+    place: Option<Place>,
+}
+
+struct Place {
+    channel: Arc<Channel>,
+    tag: u64,
 }
 
 /// Where requests wait for workers, and workers for requests.
@@ -42,6 +74,11 @@ pub(crate) struct WorkQueue {
     work: Condvar,
     /// The way to the supervisor.
     events: Sender<Event>,
+    prefetch: u16,
+    /// The longest reply that the broker takes, as far as is known, in bytes.
+    message_max: AtomicUsize,
+    /// What makes keys of requests, as nobody outside can.
+    hashing: RandomState,
 }
 
 #[derive(Default)]
@@ -51,8 +88,14 @@ struct State {
     number: u64,
     /// That connection, once every channel consumes: nobody begins before.
     session: Option<Arc<Session>>,
+    /// Its channels on which requests come.
+    channels: HashMap<u16, Arc<Channel>>,
     /// What nobody has begun yet.
     backlog: VecDeque<Task>,
+    /// What each worker is executing.
+    executing: Vec<Option<Execution>>,
+    /// Requests whose replies have cost a channel, or may have.
+    suspects: Suspects,
     /// Workers that wait to be woken.
     idle: usize,
     /// How many of those have been woken and are still on their way.
@@ -73,14 +116,96 @@ impl State {
         self.woken += usize::from(wake);
         wake
     }
+
+    /// Gives the next request to a worker.
+    fn begin(&mut self, worker: usize) -> Option<Job> {
+        let suspects = &mut self.suspects;
+        let at = self
+            .backlog
+            .iter()
+            .position(|task| suspects.may_begin(task.key))?;
+        let task = self.backlog.remove(at)?;
+        let guilty = match task.delivery.redelivered {
+            true => suspects.begin(task.key),
+            false => None,
+        };
+        self.busy += 1;
+        self.executing[worker] = Some(Execution {
+            key: task.key,
+            place: Some(Place {
+                channel: task.channel,
+                tag: task.delivery.tag,
+            }),
+        });
+        Some(Job {
+            delivery: task.delivery,
+            arrived: task.arrived,
+            guilty,
+        })
+    }
+
+    /// Takes a request that has arrived: one that is being executed already finds its answer
+    /// there, any other waits for a worker.
+    fn arrive(&mut self, delivery: Delivery, key: Key, prefetch: u16) {
+        // Of a channel that is closed: the broker gives it to others.
+        let Some(channel) = self.channels.get(&delivery.channel).cloned() else {
+            return;
+        };
+        if prefetch == 1 {
+            // It comes after the broker has seen the last acknowledgement.
+            self.suspects.clear(delivery.channel);
+        }
+        if delivery.redelivered
+            && let Some(orphan) = self
+                .executing
+                .iter_mut()
+                .flatten()
+                .find(|execution| execution.place.is_none() && execution.key == key)
+        {
+            let tag = delivery.tag;
+            orphan.place = Some(Place { channel, tag });
+            return;
+        }
+        self.backlog.push_back(Task {
+            delivery,
+            arrived: Instant::now(),
+            channel,
+            key,
+        });
+    }
+
+    /// Forgets a channel. What came on it, the broker delivers again.
+    fn forget_channel(&mut self, id: u16) {
+        self.channels.remove(&id);
+        self.backlog.retain(|task| task.channel.id() != id);
+        for execution in self.executing.iter_mut().flatten() {
+            execution.place.take_if(|place| place.channel.id() == id);
+        }
+    }
+
+    /// Forgets the connection.
+    fn forget_session(&mut self) {
+        self.session = None;
+        self.channels.clear();
+        self.backlog.clear();
+        for execution in self.executing.iter_mut().flatten() {
+            execution.place = None;
+        }
+    }
 }
 
 impl WorkQueue {
-    pub fn new(events: Sender<Event>) -> WorkQueue {
+    pub fn new(events: Sender<Event>, workers: usize, prefetch: u16) -> WorkQueue {
         WorkQueue {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                executing: (0..workers).map(|_| None).collect(),
+                ..State::default()
+            }),
             work: Condvar::new(),
             events,
+            prefetch,
+            message_max: AtomicUsize::new(MESSAGE_MAX),
+            hashing: RandomState::new(),
         }
     }
 
@@ -88,9 +213,14 @@ impl WorkQueue {
         lock(&self.state)
     }
 
-    /// The next request for this worker: waits for it, and reads the socket meanwhile if nobody
-    /// else does. `None` when the server has ended.
-    pub fn next(&self) -> Option<(Arc<Session>, Task)> {
+    /// The longest reply that the broker takes, as far as is known, in bytes.
+    pub fn message_max(&self) -> usize {
+        self.message_max.load(Ordering::Relaxed)
+    }
+
+    /// The next request for the worker of that number, from 0: waits for it, and reads the socket
+    /// meanwhile if nobody else does. `None` when the server has ended.
+    pub fn next(&self, worker: usize) -> Option<Job> {
         let mut state = self.lock();
         loop {
             if state.closed {
@@ -98,14 +228,13 @@ impl WorkQueue {
             }
             let session = state.session.clone().filter(|_| !state.stopping);
             if let Some(session) = session {
-                if let Some(task) = state.backlog.pop_front() {
-                    state.busy += 1;
+                if let Some(job) = state.begin(worker) {
                     let wake = state.wake_one();
                     drop(state);
                     if wake {
                         self.work.notify_one();
                     }
-                    return Some((session, task));
+                    return Some(job);
                 }
                 if let Some(lead) = session.inbox.try_lead() {
                     drop(state);
@@ -147,29 +276,72 @@ impl WorkQueue {
         state
     }
 
-    /// Sends what ends a request, its reply and its acknowledgement: `encode` appends them, about
-    /// `len` bytes.
-    pub fn finish(&self, session: &Session, len: usize, encode: impl Fn(&mut Vec<u8>)) {
+    /// Ends what the worker of that number has begun: sends the reply, if there is to be one, and
+    /// the acknowledgement.
+    pub fn finish(&self, worker: usize, reply: Option<&Publish<'_>>) {
         let mut state = self.lock();
-        // Two workers, two requests that are quickly done: this worker has the first, and has woken
-        // the other for the second. The other sends what is there to be sent when it comes, so this
-        // reply can leave with that one in one write. A long one is neither copied nor written
-        // under the lock that all workers need.
-        let leave = len < APPENDED_MAX && !state.backlog.is_empty() && state.woken > 0;
-        match leave.then(|| session.outbox.try_append(&encode)) {
-            Some(Ok(enough)) => {
-                if enough {
-                    drop(state);
-                    session.outbox.flush();
-                    state = self.lock();
+        while let Some(execution) = &state.executing[worker] {
+            let key = execution.key;
+            // An orphan's answer goes to its caller all the same; whoever gets the request again
+            // acknowledges it.
+            let (channel, tag) = match (&execution.place, reply) {
+                (Some(place), _) => (Arc::clone(&place.channel), Some(place.tag)),
+                (None, Some(_)) => match state.channels.values().next() {
+                    Some(channel) => (Arc::clone(channel), None),
+                    None => break, // no connection: it is delivered and executed again
+                },
+                (None, None) => break,
+            };
+            if reply.is_some() {
+                state.suspects.sent(channel.id(), key, self.prefetch);
+            }
+            let on_trial = state.suspects.is_on_trial(key);
+            let mut sent = false;
+            let mut encode = |out: &mut Vec<u8>| {
+                sent = channel.is_open();
+                if !sent {
+                    return;
                 }
+                if let Some(reply) = reply {
+                    put_publish(out, channel.id(), reply);
+                }
+                if let Some(tag) = tag {
+                    put_ack(out, channel.id(), tag);
+                }
+                if on_trial {
+                    put_qos(out, channel.id(), self.prefetch);
+                }
+            };
+            // Two workers, two requests that are quickly done: this worker has the first, and has
+            // woken the other for the second. The other sends what is there to be sent when it
+            // comes, so this reply can leave with that one in one write. A long one is neither
+            // copied nor written under the lock that all workers need.
+            let len = reply.map_or(0, |reply| reply.body.len());
+            let leave = len < APPENDED_MAX && !state.backlog.is_empty() && state.woken > 0;
+            let appended = leave.then(|| channel.outbox().try_append(&mut encode));
+            let result = match appended {
+                Some(Ok(false)) => Ok(()),
+                Some(Ok(true)) => {
+                    drop(state);
+                    channel.outbox().flush();
+                    state = self.lock();
+                    Ok(())
+                }
+                Some(Err(_)) | None => {
+                    drop(state);
+                    let result = channel.outbox().send(None, &mut encode);
+                    state = self.lock();
+                    result
+                }
+            };
+            // A dead connection is known by other ways, and its requests are given to others. A
+            // channel that was closed meanwhile is forgotten by now.
+            if sent || result.is_err() {
+                break;
             }
-            Some(Err(_)) | None => {
-                drop(state);
-                // A dead connection is known by other ways, and its requests are given to others.
-                let _ = session.outbox.send(None, &encode);
-                state = self.lock();
-            }
+        }
+        if let Some(execution) = state.executing[worker].take() {
+            state.suspects.has_ended(execution.key);
         }
         state.busy -= 1;
         if state.stopping {
@@ -181,17 +353,41 @@ impl WorkQueue {
     fn accept(&self, number: u64, incoming: Incoming) {
         match incoming {
             Incoming::Delivery(delivery) => {
-                let arrived = Instant::now();
+                let key = Key::of(&delivery.message, &self.hashing);
                 let mut state = self.lock();
                 if state.number == number {
-                    state.backlog.push_back(Task { delivery, arrived });
+                    state.arrive(delivery, key, self.prefetch);
                 }
             }
-            Incoming::Returned(_) => log::debug!("a reply came back, though none is mandatory"),
+            Incoming::Returned(_) | Incoming::Confirm(_) => {
+                log::debug!("the broker answered what was not asked: {incoming:?}");
+            }
             Incoming::Channel(..) | Incoming::Blocked(_) | Incoming::Unblocked => {
+                if let Incoming::Channel(channel, event) = &incoming {
+                    self.learn(number, *channel, event);
+                }
                 // The supervisor may be gone: then nobody needs to know.
                 let _ = self.events.send(Event::Incoming(number, incoming));
             }
+        }
+    }
+
+    /// Sees what has happened to a channel, before the supervisor does anything about it.
+    fn learn(&self, number: u64, channel: u16, event: &ChannelEvent) {
+        let mut state = self.lock();
+        if state.number != number {
+            return;
+        }
+        match event {
+            ChannelEvent::Closed(reason) => {
+                if let Some(max) = reason.message_max() {
+                    self.message_max.store(max, Ordering::Relaxed);
+                }
+                state.suspects.channel_closed(channel, reason);
+                state.forget_channel(channel);
+            }
+            ChannelEvent::Limited => state.suspects.acquit(channel),
+            _ => {}
         }
     }
 
@@ -207,8 +403,15 @@ impl WorkQueue {
     pub fn begin_session(&self, number: u64) {
         let mut state = self.lock();
         state.number = number;
-        state.session = None;
-        state.backlog.clear();
+        state.forget_session();
+        // Another broker, or its settings, may be others.
+        self.message_max.store(MESSAGE_MAX, Ordering::Relaxed);
+    }
+
+    /// Announces a channel of that connection on which requests will come.
+    pub fn add_channel(&self, channel: &Arc<Channel>) {
+        let channels = &mut self.lock().channels;
+        channels.insert(channel.id(), Arc::clone(channel));
     }
 
     /// Lets the workers begin.
@@ -221,9 +424,13 @@ impl WorkQueue {
     pub fn end_session(&self, number: u64) {
         let mut state = self.lock();
         if state.number == number {
-            state.session = None;
-            state.backlog.clear();
+            state.forget_session();
         }
+    }
+
+    /// Learns how the latest connection has ended: why the broker has closed it, if it did.
+    pub fn connection_closed(&self, reason: Option<&CloseReason>) {
+        self.lock().suspects.connection_closed(reason);
     }
 
     /// Lets nobody begin anything any more.
@@ -232,9 +439,13 @@ impl WorkQueue {
     }
 
     /// How many workers execute a request; and what nobody has begun, to be given back.
-    pub fn take_backlog(&self) -> (usize, VecDeque<Task>) {
+    pub fn take_backlog(&self) -> (usize, Vec<(Arc<Channel>, u64)>) {
         let mut state = self.lock();
-        (state.busy, std::mem::take(&mut state.backlog))
+        let backlog = std::mem::take(&mut state.backlog);
+        let places = backlog
+            .into_iter()
+            .map(|task| (task.channel, task.delivery.tag));
+        (state.busy, places.collect())
     }
 
     /// Ends the workers, each when it is free.
@@ -242,7 +453,7 @@ impl WorkQueue {
         let mut state = self.lock();
         state.closed = true;
         // It holds the connection, and that holds us.
-        state.session = None;
+        state.forget_session();
         drop(state);
         self.work.notify_all();
     }

@@ -1,10 +1,10 @@
 //! A worker: a thread that takes a request, runs the handler, and sends reply and acknowledgement.
 
-use crate::amqp::frame::{Publish, put_ack, put_publish};
+use crate::amqp::frame::Publish;
 use crate::amqp::incoming::{Delivery, Message};
 use crate::message::{RemoteError, Response, return_address};
 use crate::server::request::Request;
-use crate::server::work_queue::{Session, Task, WorkQueue};
+use crate::server::work_queue::{Job, WorkQueue};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -31,36 +31,51 @@ pub(crate) struct Stats {
 }
 
 impl Worker {
-    /// Works until the server has ended.
-    pub fn run(&self) {
-        while let Some((session, task)) = self.queue.next() {
-            self.answer(&session, task);
+    /// Works, as the one of that number, from 0, until the server has ended.
+    pub fn run(&self, number: usize) {
+        while let Some(job) = self.queue.next(number) {
+            self.answer(number, job);
         }
     }
 
     /// Executes a request, and sends its reply and its acknowledgement, in this order: a crash in
     /// between makes the broker deliver the request again, and not lose it.
-    fn answer(&self, session: &Session, task: Task) {
+    fn answer(&self, number: usize, job: Job) {
         let Delivery {
-            channel,
-            tag,
             redelivered,
             message: Message { head, body },
-        } = task.delivery;
+            ..
+        } = job.delivery;
         let properties = head.properties();
-        let acknowledge = |out: &mut Vec<u8>| put_ack(out, channel, tag);
         let Some((reply_to, correlation_id)) = return_address(&properties) else {
             self.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
             log::warn!("dropped a request without reply_to ({} bytes)", body.len());
-            return self.queue.finish(session, 0, acknowledge);
+            return self.queue.finish(number, None);
         };
-        let request = Request::read(&properties, body, redelivered, task.arrived);
-        if request.time_left() == Some(Duration::ZERO) {
-            self.stats.expired.fetch_add(1, Ordering::Relaxed);
-            log::debug!("dropped a request whose caller has given up");
-            return self.queue.finish(session, 0, acknowledge);
-        }
-        let response = self.execute(&request);
+        let response = match job.guilty {
+            None => {
+                let request = Request::read(&properties, body, redelivered, job.arrived);
+                if request.time_left() == Some(Duration::ZERO) {
+                    self.stats.expired.fetch_add(1, Ordering::Relaxed);
+                    log::debug!("dropped a request whose caller has given up");
+                    return self.queue.finish(number, None);
+                }
+                self.execute(&request)
+            }
+            // The reply was too long, and another can be sent.
+            Some(reason) if reason.message_max().is_some() => {
+                self.stats.refused.fetch_add(1, Ordering::Relaxed);
+                RemoteError::unsendable(&reason.to_string()).into_response()
+            }
+            Some(reason) => {
+                self.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
+                log::warn!(
+                    "dropped a request for '{}', because its reply cannot be sent: {reason}",
+                    String::from_utf8_lossy(reply_to)
+                );
+                return self.queue.finish(number, None);
+            }
+        };
         let reply = Publish {
             routing_key: reply_to,
             // A caller that is gone needs no answer.
@@ -68,10 +83,7 @@ impl Worker {
             properties: response.properties(correlation_id),
             body: response.body(),
         };
-        self.queue.finish(session, response.body().len(), |out| {
-            put_publish(out, channel, &reply);
-            put_ack(out, channel, tag);
-        });
+        self.queue.finish(number, Some(&reply));
     }
 
     /// Runs the handler.
@@ -84,6 +96,7 @@ impl Worker {
             std::mem::forget(panic);
             Err(RemoteError::internal(message))
         });
+        let outcome = outcome.and_then(|response| response.fitting(self.queue.message_max()));
         let counter = if outcome.is_ok() {
             &self.stats.answered
         } else {

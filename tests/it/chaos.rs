@@ -72,8 +72,8 @@ pub fn from_environment(name: &str, default: u64) -> u64 {
     })
 }
 
-/// Calls, and checks every answer, until it is over; `answered` is told of each.
-pub fn load(client: &Caller, seed: u64, over: &AtomicBool, answered: impl Fn()) -> Tally {
+/// Calls, and checks every answer, until it is over; `answered` is told how long each took.
+pub fn load(client: &Caller, seed: u64, over: &AtomicBool, answered: impl Fn(Duration)) -> Tally {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut tally = Tally::default();
     let mut calls = client.client.calls();
@@ -86,7 +86,7 @@ pub fn load(client: &Caller, seed: u64, over: &AtomicBool, answered: impl Fn()) 
         let Some(answer) = calls.next() else {
             return tally;
         };
-        answered();
+        answered(answer.latency);
         tally.overrun = tally.overrun.max(answer.latency.saturating_sub(TIMEOUT));
         tally.longest = tally.longest.max(answer.latency);
         match answer.result {
@@ -188,7 +188,7 @@ fn with_deadlines_longer_than_the_outages_nothing_is_wrong_lost_or_hung() {
                             .retry(Retry::Unanswered(RESEND_AFTER))
                             .wait_for_server(true)
                     });
-                    (load(&client, seed + index, over, || ()), client.stats())
+                    (load(&client, seed + index, over, |_| ()), client.stats())
                 })
             })
             .collect();

@@ -329,7 +329,7 @@ fn a_channel_error_is_told_and_the_server_comes_back_when_its_cause_is_gone() {
     let server = server(&url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, 2 * PATIENCE);
     let pending = begin(&client, "10");
-    let said = server.wait_for_stderr("lost the connection");
+    let said = server.wait_for_stderr("lost a channel");
     assert!(said.contains("403"), "{said}");
     assert!(!said.contains("secret"), "{said}");
     broker.ctl(&["set_permissions", "limited", ".*", ".*", ".*"]);
@@ -640,8 +640,8 @@ fn client_lifetimes_and_reconnects_leave_nothing_behind() {
     let channels = broker.ctl(&["-q", "list_channels", "pid"]).lines().count();
     assert_eq!(
         channels,
-        3 + 1,
-        "one for the client, two for the workers, a heading"
+        4 + 1,
+        "two for the client, two for the workers, a heading"
     );
     if let Some(before) = before {
         // Other tests run in this process at the same time and have some of their own.

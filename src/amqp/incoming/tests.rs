@@ -152,7 +152,7 @@ fn messages_of_two_channels_may_mingle() {
 }
 
 #[test]
-fn a_closed_channel_is_told_to_both_and_takes_its_unfinished_message_along() {
+fn a_closed_channel_takes_its_unfinished_message_along() {
     let mut out = Vec::new();
     put_deliver_method(&mut out, 1, 1);
     put_raw(
@@ -169,10 +169,7 @@ fn a_closed_channel_is_told_to_both_and_takes_its_unfinished_message_along() {
     };
     assert_eq!(
         taken[1],
-        Parsed {
-            incoming: Some(Incoming::Channel(1, ChannelEvent::Closed(close_reason))),
-            pass_on: true
-        }
+        Parsed::ours(Incoming::Channel(1, ChannelEvent::Closed(close_reason)))
     );
     assert!(matches!(
         taken[3].incoming,
@@ -203,14 +200,69 @@ fn a_close_reason_is_read_and_nothing_else_is_taken_for_one() {
 }
 
 #[test]
-fn what_is_not_of_the_class_basic_is_passed_on() {
+fn what_is_of_the_connection_as_a_whole_is_passed_on() {
     let mut out = Vec::new();
     put_raw(&mut out, HEARTBEAT, 0, b"");
     put_raw(&mut out, METHOD, 0, &[0, 10, 0, 50]);
-    put_ack(&mut out, 1, 1);
+    put_raw(&mut out, METHOD, 1, &[0, 20, 0, 21, 1]); // channel.flow-ok, never asked for
     let taken = take_all(&mut Assembler::default(), &out).unwrap();
     let passed_on: Vec<_> = taken.iter().map(|taken| taken.pass_on).collect();
     assert_eq!(passed_on, [true, true, false]);
+}
+
+#[test]
+fn what_is_said_of_a_channel_is_an_event_of_it() {
+    let mut out = Vec::new();
+    put_raw(&mut out, METHOD, 1, b"\0\x14\0\x0b\0\0\0\0");
+    put_raw(
+        &mut out,
+        METHOD,
+        2,
+        b"\0\x32\0\x0b\x01q\0\0\0\x07\0\0\0\x02",
+    );
+    put_raw(&mut out, METHOD, 3, b"\0\x3c\0\x0b");
+    put_raw(&mut out, METHOD, 4, b"\0\x55\0\x0b");
+    put_raw(&mut out, METHOD, 5, b"\0\x14\0\x29");
+    put_raw(&mut out, METHOD, 6, b"\0\x3c\0\x50\0\0\0\0\0\0\0\x09\x01");
+    put_raw(&mut out, METHOD, 7, b"\0\x3c\0\x78\0\0\0\0\0\0\0\x08\x02");
+    let declared = Declared {
+        name: b"q".to_vec(),
+        ready: 7,
+        consumers: 2,
+    };
+    let confirm = |channel, tag, multiple, taken| {
+        Incoming::Confirm(Confirm {
+            channel,
+            tag,
+            multiple,
+            taken,
+        })
+    };
+    assert_eq!(
+        all_incoming(&out),
+        [
+            Incoming::Channel(1, ChannelEvent::Opened),
+            Incoming::Channel(2, ChannelEvent::Declared(declared)),
+            Incoming::Channel(3, ChannelEvent::Limited),
+            Incoming::Channel(4, ChannelEvent::Confirming),
+            Incoming::Channel(5, ChannelEvent::ClosedAsAsked),
+            confirm(6, 9, true, true),
+            confirm(7, 8, false, false),
+        ]
+    );
+}
+
+#[test]
+fn the_brokers_offer_is_read_and_its_heartbeat_replaced() {
+    let mut frame = Vec::new();
+    put_raw(&mut frame, METHOD, 0, b"\0\x0a\0\x1e\x07\xff\0\x02\0\0\0\0");
+    let offer = |heartbeat| Tune {
+        channel_max: 2047,
+        heartbeat,
+    };
+    assert_eq!(Tune::from_frame(&frame), Some(offer(0)));
+    Tune::set_heartbeat(&mut frame, 60);
+    assert_eq!(Tune::from_frame(&frame), Some(offer(60)));
 }
 
 #[test]
