@@ -1,7 +1,7 @@
 //! A channel: a number on a connection, and whether more may be said on it.
 //!
 //! Any thread says something on a channel by writing frames ([`super::frame`]), and waits for
-//! nothing. What the broker answers comes back as events ([`ChannelEvent`]), through the
+//! nothing. What the broker answers comes back as events ([`ChannelEvent`](super::incoming::ChannelEvent)), through the
 //! connection's sink or by whoever reads.
 
 use crate::amqp::frame::{put_close, put_close_ok};

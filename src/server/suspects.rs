@@ -7,7 +7,7 @@
 //! one at a time, and the next begins when the broker has taken the reply to the last.
 
 use crate::amqp::incoming::{CloseReason, Message};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 
 /// How many requests are remembered at most. Those that come back do so at once.
@@ -57,6 +57,14 @@ pub(crate) struct Suspects {
 }
 
 impl Suspects {
+    /// A request has come back. If it was answered on a channel that we take for open, then that
+    /// one has died, and we have not been told yet.
+    pub fn has_come_back(&mut self, key: Key) {
+        if self.sent.values().flatten().any(|sent| *sent == key) {
+            self.known.entry(key).or_insert(Known::Suspect);
+        }
+    }
+
     /// Whether a request may be begun now.
     pub fn may_begin(&self, key: Key) -> bool {
         self.trial.is_none() || self.known.get(&key) != Some(&Known::Suspect)
@@ -122,20 +130,22 @@ impl Suspects {
     pub fn connection_closed(&mut self, reason: Option<&CloseReason>) {
         let sent = std::mem::take(&mut self.sent);
         if let Some(reason) = reason {
-            self.accuse(sent.into_values().flatten().collect(), reason);
+            self.accuse(sent.into_values().flatten(), reason);
         }
         self.trial.take_if(|trial| trial.channel.is_some());
     }
 
-    fn accuse(&mut self, mut sent: VecDeque<Key>, reason: &CloseReason) {
+    fn accuse(&mut self, sent: impl IntoIterator<Item = Key>, reason: &CloseReason) {
         if !reason.blames_a_message() {
             return;
         }
+        // It may have come back on one channel after the other already.
+        let mut sent: HashSet<_> = sent.into_iter().collect();
         // What is on trial was accused before, and not alone.
         if let Some(trial) = &self.trial
             && sent.contains(&trial.key)
         {
-            sent = VecDeque::from([trial.key]);
+            sent = HashSet::from([trial.key]);
         }
         if self.known.len() + sent.len() > KNOWN_MAX {
             self.known.clear();
@@ -198,6 +208,20 @@ mod tests {
         assert_eq!(suspects.begin(Key(2)), Some(fault()));
         assert_eq!(suspects.begin(Key(5)), None);
         assert!(suspects.trial.is_none(), "it was not the cause");
+    }
+
+    #[test]
+    fn one_that_comes_back_before_its_channel_is_known_to_be_dead_is_a_suspect() {
+        let mut suspects = Suspects::default();
+        suspects.sent(1, Key(1), 1);
+        suspects.has_come_back(Key(2));
+        suspects.has_come_back(Key(1));
+        assert_eq!(suspects.begin(Key(2)), None);
+        assert_eq!(suspects.begin(Key(1)), None);
+        assert!(!suspects.may_begin(Key(1)), "it is on trial");
+        suspects.sent(2, Key(1), 1);
+        suspects.connection_closed(Some(&fault()));
+        assert_eq!(suspects.begin(Key(1)), Some(fault()));
     }
 
     #[test]

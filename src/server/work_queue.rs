@@ -155,16 +155,18 @@ impl State {
             // It comes after the broker has seen the last acknowledgement.
             self.suspects.clear(delivery.channel);
         }
-        if delivery.redelivered
-            && let Some(orphan) = self
+        if delivery.redelivered {
+            let orphan = self
                 .executing
                 .iter_mut()
                 .flatten()
-                .find(|execution| execution.place.is_none() && execution.key == key)
-        {
-            let tag = delivery.tag;
-            orphan.place = Some(Place { channel, tag });
-            return;
+                .find(|execution| execution.place.is_none() && execution.key == key);
+            if let Some(orphan) = orphan {
+                let tag = delivery.tag;
+                orphan.place = Some(Place { channel, tag });
+                return;
+            }
+            self.suspects.has_come_back(key);
         }
         self.backlog.push_back(Task {
             delivery,

@@ -11,6 +11,7 @@ mod failures;
 mod fib;
 mod hostile;
 mod interop;
+mod limits;
 mod rpc;
 mod support;
 #[cfg(feature = "tls")]
