@@ -160,6 +160,14 @@ pub enum WaitingFor {
         /// The broker's reason, such as `low on memory`.
         reason: String,
     },
+    /// A broker that has fallen silent: the request was sent, and nothing has come from it since
+    /// shortly before the deadline, when it was asked after the queue.
+    SilentBroker {
+        /// The request queue.
+        queue: String,
+        /// For how long nothing had come in.
+        silence: Duration,
+    },
     /// A request queue that does not exist: the call was told to
     /// [wait](crate::ClientBuilder::wait_for_server) for it, or the client had connected again less
     /// than 10 s before, or the queue was deleted with the request in it.
@@ -173,8 +181,12 @@ pub enum WaitingFor {
         queue: String,
         /// What the broker said of the queue shortly before the deadline (0.2 s, or a fifth of the
         /// timeout if that is less): its consumers, and its requests not yet given to one. `None`
-        /// if the broker did not say in time.
+        /// if it did not say in time, as of a queue that has lost most of its nodes, or if we may
+        /// not know.
         status: Option<QueueStatus>,
+        /// How many replies came during the call that belong to no call: if there are any, a
+        /// server may not send the correlation id back.
+        strangers: u64,
     },
 }
 
@@ -241,37 +253,47 @@ impl fmt::Display for WaitingFor {
                 write!(f, "the broker has blocked publishers ({reason})")
             }
             WaitingFor::Queue { queue } => write!(f, "the queue '{queue}' does not exist yet"),
+            WaitingFor::SilentBroker { queue, silence } => write!(
+                f,
+                "the request was sent to '{queue}', and the broker has been silent for {silence:.1?}"
+            ),
             WaitingFor::Answer {
                 queue,
-                status: None,
+                status,
+                strangers,
             } => {
-                write!(
-                    f,
-                    "the request was sent to '{queue}', and the broker has fallen silent"
-                )
-            }
-            WaitingFor::Answer {
-                queue,
-                status:
+                match status {
+                    None => write!(
+                        f,
+                        "the request was sent to '{queue}', and the broker does not say what state \
+                         that is in"
+                    )?,
                     Some(QueueStatus {
                         consumers: 0,
                         ready,
-                    }),
-            } => write!(
-                f,
-                "nobody consumes the queue '{queue}' ({ready} waiting); is a server running?"
-            ),
-            WaitingFor::Answer {
-                queue,
-                status: Some(QueueStatus { consumers, ready }),
-            } => write!(
-                f,
-                "the queue '{queue}' has {consumers} consumer{} and {ready} request{} waiting",
-                if *consumers == 1 { "" } else { "s" },
-                if *ready == 1 { "" } else { "s" },
-            ),
+                    }) => write!(
+                        f,
+                        "nobody consumes the queue '{queue}' ({ready} waiting); is a server running?"
+                    )?,
+                    Some(QueueStatus { consumers, ready }) => write!(
+                        f,
+                        "the queue '{queue}' has {consumers} consumer{} and {ready} request{} waiting",
+                        plural(*consumers),
+                        plural(*ready),
+                    )?,
+                }
+                match strangers {
+                    0 => Ok(()),
+                    1 => f.write_str("; a reply came that belongs to no call"),
+                    many => write!(f, "; {many} replies came that belong to no call"),
+                }
+            }
         }
     }
+}
+
+fn plural(count: u32) -> &'static str {
+    if count == 1 { "" } else { "s" }
 }
 
 impl StdError for Error {

@@ -391,6 +391,7 @@ fn calls_that_time_out_tell_each_of_its_own_queue() {
                     WaitingFor::Answer {
                         queue,
                         status: Some(status),
+                        ..
                     },
                 ..
             }) => assert_eq!((queue, status.consumers), (answer.key, expected)),
@@ -544,6 +545,32 @@ fn a_prefetched_request_whose_caller_has_given_up_is_not_begun() {
     assert_eq!((stats.answered, stats.expired), (2, 9));
     let status = Status::of(url(), &queue, PATIENCE).unwrap();
     assert_eq!(status.queue.unwrap().ready, 0, "they were acknowledged");
+}
+
+#[test]
+fn what_is_submitted_has_left_though_its_caller_does_not_look() {
+    let queue = unique("submitted");
+    let (begun, seen) = mpsc::channel();
+    let serving = serve(&queue, 2, move |request| {
+        let _ = begun.send(request.body().to_vec());
+        Ok(request.body().to_vec())
+    });
+    let client = client();
+    for round in 0..20 {
+        let mut calls = client.calls();
+        calls.extend(["a", "b", "c"].map(|body| (body, client.request(&queue).body(body))));
+        // Others are there already when the next are submitted.
+        thread::sleep(Duration::from_millis(20));
+        assert!(calls.next().unwrap().result.is_ok());
+        calls.submit("d", client.request(&queue).body("d"));
+        calls.extend([("e", client.request(&queue).body("e"))]);
+        let mut bodies: Vec<_> = (0..5)
+            .map(|_| seen.recv_timeout(PATIENCE).unwrap())
+            .collect();
+        bodies.sort();
+        assert_eq!(bodies, [b"a", b"b", b"c", b"d", b"e"], "round {round}");
+    }
+    serving.stop().unwrap();
 }
 
 #[test]

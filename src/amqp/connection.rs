@@ -6,9 +6,8 @@
 
 use crate::amqp::channel::Channel;
 use crate::amqp::endpoint::{Endpoint, Endpoints};
-use crate::amqp::error::{Error, describe, reply_code};
+use crate::amqp::error::{Error, describe, with_way_out};
 use crate::amqp::frame::put_open;
-use crate::amqp::frame::reply_code::NOT_ALLOWED;
 use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::outbox::Outbox;
@@ -167,7 +166,7 @@ impl Connection {
         let closed = inner.close();
         // The broker's last word tells more than how the socket ended.
         match self.inbox.close_reason() {
-            Some(reason) => Err(reason.to_string()),
+            Some(reason) => Err(with_way_out(reason)),
             None => closed.map_err(|error| describe(&error)),
         }
     }
@@ -342,11 +341,10 @@ impl Endpoint {
                 "it refused the user '{}' (wrong password? or still starting?)",
                 self.user
             ))),
-            Err(error) if reply_code(&error) == Some(NOT_ALLOWED) => Err(Failure::new(format!(
-                "{}; `rabbitmqctl add_vhost` and `set_permissions` change that, or name another \
-                     virtual host at the end of the URL",
-                describe(&error)
-            ))),
+            // It says what it is about.
+            Err(error @ amiquip::Error::ServerClosedConnection { .. }) => {
+                Err(Failure::new(describe(&error)))
+            }
             Err(error) => Err(Failure::new(format!(
                 "AMQP handshake: {}",
                 describe(&error)

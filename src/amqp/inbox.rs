@@ -18,7 +18,7 @@ use mio::unix::EventedFd;
 use mio::{Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -76,6 +76,9 @@ pub(crate) struct Inbox {
     close_reason: OnceLock<CloseReason>,
     /// What the broker has offered in the handshake.
     tune: OnceLock<Tune>,
+    opened: Instant,
+    /// When anything was read last, in nanoseconds after that.
+    latest_read: AtomicU64,
 }
 
 struct Reader {
@@ -140,6 +143,8 @@ impl Inbox {
             sink,
             close_reason: OnceLock::new(),
             tune: OnceLock::new(),
+            opened: Instant::now(),
+            latest_read: AtomicU64::new(0),
         };
         inbox.watch();
         Ok(inbox)
@@ -221,6 +226,12 @@ impl Inbox {
     /// What the broker has offered in the handshake, once it has.
     pub fn tune(&self) -> Option<&Tune> {
         self.tune.get()
+    }
+
+    /// For how long nothing has come in.
+    pub fn silence(&self) -> Duration {
+        let latest = Duration::from_nanos(self.latest_read.load(Ordering::Relaxed));
+        self.opened.elapsed().saturating_sub(latest)
     }
 
     /// Gives amiquip a frame to read.
@@ -440,6 +451,8 @@ impl Reader {
             at += frame.len();
         }
         let now = Instant::now();
+        let since = now.duration_since(inbox.opened).as_nanos() as u64;
+        inbox.latest_read.store(since, Ordering::Relaxed);
         if self.foreign {
             inbox
                 .feed()

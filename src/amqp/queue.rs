@@ -2,7 +2,7 @@
 
 use crate::amqp::channel::Channel;
 use crate::amqp::connection::Connection;
-use crate::amqp::error::Error;
+use crate::amqp::error::{Error, way_out, with_way_out};
 use crate::amqp::frame::{Declare, put_declare, reply_code};
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Declared};
 use std::sync::Arc;
@@ -92,8 +92,8 @@ pub(crate) trait Events {
     -> Result<ChannelEvent, Error>;
 }
 
-/// Makes sure that a queue exists, and that a server can use it. One that is there is used as it
-/// is, whatever its type, unless it is a stream.
+/// Makes sure that a queue exists; whether it was there. One that was is used as it is, whatever
+/// its type.
 ///
 /// # Errors
 ///
@@ -103,20 +103,30 @@ pub(crate) fn ensure(
     events: &mut impl Events,
     queue: &str,
     queue_type: QueueType,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     /// Between our look and our declaration, another server may declare it otherwise: then look
     /// again. It takes somebody to delete it at that very moment, too, to need a third round.
     const ROUNDS: usize = 3;
     let mut refusal = None;
     for _ in 0..ROUNDS {
         if status(connection, events, queue)?.is_some() {
-            return Ok(());
+            return Ok(true);
         }
         let declaration = queue_type.declaration(queue);
         match declare(connection, events, &declaration)? {
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(false),
             Err(close) if close.code == reply_code::PRECONDITION_FAILED => {
                 refusal = Some(refused(queue, &close));
+            }
+            // What RabbitMQ says, from 4.3, when it is configured to refuse transient queues.
+            Err(close) if close.code == reply_code::INTERNAL_ERROR && !declaration.durable => {
+                return Err(Error::QueueRefused {
+                    queue: queue.to_owned(),
+                    reason: format!(
+                        "{close}; if it refuses transient queues, declare another type \
+                         (--queue-type classic or quorum)"
+                    ),
+                });
             }
             Err(close) => return Err(refused(queue, &close)),
         }
@@ -136,9 +146,38 @@ pub(crate) fn status(
 ) -> Result<Option<QueueStatus>, Error> {
     match declare(connection, events, &question(queue))? {
         Ok(declared) => Ok(Some(declared.into())),
-        Err(close) if close.code == reply_code::NOT_FOUND => Ok(None),
+        Err(close) if is_missing(&close) => Ok(None),
         Err(close) => Err(refused(queue, &close)),
     }
+}
+
+/// Whether that is said because there is no such queue, and not because its node is down.
+fn is_missing(close: &CloseReason) -> bool {
+    close.code == reply_code::NOT_FOUND && way_out(close).is_none()
+}
+
+/// Whether a queue that is there is a stream, of which each consumer would get every request.
+///
+/// Nothing says so of a queue. But a declaration that differs from it is refused, with the first
+/// difference that the broker finds: here it finds none in the type, and one that comes later. This
+/// declaration creates nothing, since its age is none.
+///
+/// # Errors
+///
+/// [`Error::Lost`].
+pub(crate) fn is_stream(
+    connection: &mut Connection,
+    events: &mut impl Events,
+    queue: &str,
+) -> Result<bool, Error> {
+    let declaration = Declare {
+        name: queue.as_bytes(),
+        durable: true,
+        arguments: &[("x-queue-type", "stream"), ("x-max-age", "none")],
+        ..Declare::default()
+    };
+    let declared = declare(connection, events, &declaration)?;
+    Ok(declared.is_err_and(|close| close.text.contains("inequivalent arg 'x-max-age'")))
 }
 
 /// What asks after a queue.
@@ -194,7 +233,7 @@ pub(crate) fn answer(channel: &Channel, event: ChannelEvent) -> Option<Option<Qu
             channel.close();
             Some(Some(declared.into()))
         }
-        ChannelEvent::Closed(close) if close.code == reply_code::NOT_FOUND => Some(None),
+        ChannelEvent::Closed(close) if is_missing(&close) => Some(None),
         _ => None,
     }
 }
@@ -219,34 +258,23 @@ impl From<Declared> for QueueStatus {
 }
 
 fn refused(queue: &str, close: &CloseReason) -> Error {
-    let said = close.to_string();
-    refusal(queue, close.code, &said).unwrap_or(Error::Lost { reason: said })
+    refusal(queue, close).unwrap_or_else(|| Error::Lost {
+        reason: with_way_out(close),
+    })
 }
 
-/// What it means for a queue that the broker says no; `None` if it is not about the queue.
-pub(crate) fn refusal(queue: &str, code: u16, said: &str) -> Option<Error> {
-    let way_out = match code {
-        reply_code::ACCESS_REFUSED if said.contains("exclusive") => {
-            "another consumer has it for itself alone; choose another name"
-        }
-        reply_code::ACCESS_REFUSED => {
-            "a server needs the permissions configure, write and read, a client configure and read \
-             for amq.gen-*, write for amq.default (rabbitmqctl set_permissions)"
-        }
-        reply_code::RESOURCE_LOCKED => {
-            "another connection has declared it for itself alone; choose another name"
-        }
-        reply_code::PRECONDITION_FAILED => {
-            "somebody declares it otherwise at this very moment; try again"
-        }
-        // What RabbitMQ says, from 4.3, when it is configured to refuse transient queues.
-        reply_code::INTERNAL_ERROR => {
-            "if it refuses transient queues, declare another type (--queue-type classic or quorum)"
-        }
-        _ => return None,
+/// What it means for a queue that the broker has closed a channel or the connection; `None` if it
+/// is not about the queue.
+pub(crate) fn refusal(queue: &str, close: &CloseReason) -> Option<Error> {
+    use reply_code::{ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED, RESOURCE_LOCKED};
+    let is_refusal = match close.code {
+        ACCESS_REFUSED | RESOURCE_LOCKED => true,
+        // Other messages with these codes are about something else.
+        NOT_FOUND | PRECONDITION_FAILED => way_out(close).is_some(),
+        _ => false,
     };
-    Some(Error::QueueRefused {
+    is_refusal.then(|| Error::QueueRefused {
         queue: queue.to_owned(),
-        reason: format!("{said}; {way_out}"),
+        reason: with_way_out(close),
     })
 }

@@ -4,7 +4,7 @@ use crate::amqp::time::{FAR_FUTURE, after};
 use crate::client::correlation::CorrelationId;
 use crate::client::link::{Link, Outgoing, OutgoingRequest};
 use crate::client::options::{Retry, check_times};
-use crate::client::pending::{DIAGNOSIS_TIME, Event, Pending, Resend, Settled, Shared};
+use crate::client::pending::{Event, Pending, Resend, Settled, Shared, diagnosis_time};
 use crate::error::Error;
 use crate::message::Reply;
 use crate::message::headers::Headers;
@@ -224,6 +224,8 @@ struct OpenCall<K> {
     submitted: Instant,
     timeout: Duration,
     deadline: Instant,
+    /// How many replies had been dropped before.
+    dropped_before: u64,
 }
 
 impl<'c, K> Calls<'c, K> {
@@ -271,6 +273,7 @@ impl<'c, K> Calls<'c, K> {
             submitted,
             timeout,
             deadline,
+            dropped_before: self.shared.dropped_replies(),
         };
         self.open.insert(id, call);
         self.deadlines.insert((deadline, id));
@@ -346,7 +349,11 @@ impl<'c, K> Calls<'c, K> {
 
     fn time_out(&self, id: CorrelationId) -> Error {
         match self.open.get(&id) {
-            Some(call) => self.shared.time_out(id, &call.queue, call.timeout),
+            Some(call) => {
+                let strangers = self.shared.dropped_replies() - call.dropped_before;
+                self.shared
+                    .time_out(id, &call.queue, call.timeout, strangers)
+            }
             None => Error::Closed,
         }
     }
@@ -356,7 +363,7 @@ impl<'c, K> Calls<'c, K> {
         let Some(call) = self.open.get(&id) else {
             return deadline;
         };
-        let margin = DIAGNOSIS_TIME.min(call.timeout / 5);
+        let margin = diagnosis_time(call.timeout);
         let ask_at = deadline.checked_sub(margin).unwrap_or(now);
         if now < ask_at {
             return ask_at;

@@ -8,7 +8,7 @@ use crate::amqp::channel::{Channel, SETUP_TIME};
 use crate::amqp::connection::Connection;
 use crate::amqp::error::GONE;
 use crate::amqp::frame::{
-    Properties, Publish, put_confirm_select, put_consume, put_declare, put_publish,
+    Properties, Publish, put_confirm_select, put_consume, put_declare, put_publish, put_qos,
 };
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Incoming};
@@ -366,6 +366,9 @@ impl Manager {
                     return End::Lost(GONE.to_owned());
                 }
                 let asked_after = std::mem::take(&mut state.asked_after);
+                if !asked_after.is_empty() {
+                    state.asked_at = Some(Instant::now());
+                }
                 (asked_after, state.blocked.is_some())
             };
             if blocked {
@@ -381,7 +384,7 @@ impl Manager {
                 looked = Instant::now();
             }
             for queue in asked_after {
-                ask_after(queue, connection, &mut questions);
+                ask_after(queue, connection, &mut questions, link);
             }
         }
     }
@@ -408,7 +411,7 @@ impl Manager {
                 }
                 return Ok(Next::ChangeChannel);
             }
-            Incoming::Channel(id, _) if id == consuming => {
+            Incoming::Channel(id, ChannelEvent::QueueGone) if id == consuming => {
                 return Err(End::Lost("the callback queue is gone".to_owned()));
             }
             Incoming::Channel(id, event) => {
@@ -439,14 +442,10 @@ impl Manager {
     /// The broker has closed the channel. If that was to say that we may not publish, it would say
     /// so again, and all calls end with it.
     fn sent_away(&self, close: &CloseReason) -> End {
-        let reason = close.to_string();
-        if close.message_max().is_none() {
-            self.shared.fail_pending(|pending| {
-                queue::refusal(&pending.outgoing.request.queue, close.code, &reason)
-                    .map(Error::from)
-            });
-        }
-        End::Lost(reason)
+        self.shared.fail_pending(|pending| {
+            queue::refusal(&pending.outgoing.request.queue, close).map(Error::from)
+        });
+        End::Lost(close.to_string())
     }
 
     /// The broker has closed a channel because a request was too long for it: that call ends with
@@ -562,9 +561,10 @@ impl Manager {
 type Questions = HashMap<u16, (Arc<Channel>, Arc<str>)>;
 
 /// Asks after a queue for those whose deadline is near. Nobody waits for the answer.
-fn ask_after(queue: Arc<str>, connection: &mut Connection, questions: &mut Questions) {
+fn ask_after(queue: Arc<str>, connection: &mut Connection, questions: &mut Questions, link: &Link) {
     if questions.values().any(|(_, asked)| *asked == queue) {
-        return; // the broker has not answered yet
+        // The queue does not answer. Whether the broker does, this tells, which is always answered.
+        return link.channel().say(|out, id| put_qos(out, id, 0));
     }
     match queue::ask_after(connection, &queue) {
         Ok(channel) => {

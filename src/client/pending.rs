@@ -21,9 +21,13 @@ use std::time::{Duration, Instant};
 /// is back after at most one of its own waits between attempts, and some time to connect.
 const RETURN_GRACE: Duration = Duration::from_secs(10);
 
-/// How long before its deadline a call asks after its queue, to say what it was waiting for: this,
-/// or a fifth of the call's whole time if that is less.
-pub(crate) const DIAGNOSIS_TIME: Duration = Duration::from_millis(200);
+/// How long before its deadline a call asks after its queue, to say what it was waiting for.
+const DIAGNOSIS_TIME: Duration = Duration::from_millis(200);
+
+/// That, or a fifth of the call's whole time if that is less.
+pub(crate) fn diagnosis_time(timeout: Duration) -> Duration {
+    DIAGNOSIS_TIME.min(timeout / 5)
+}
 
 /// How long the broker may take to confirm a request before it is sent again.
 const CONFIRM_TIME: Duration = Duration::from_secs(1);
@@ -196,6 +200,8 @@ pub(crate) struct State {
     pub last_error: Option<String>,
     /// The queues that callers want to know about, and what was last found out, and when.
     pub asked_after: HashSet<Arc<str>>,
+    /// When the broker was asked last.
+    pub asked_at: Option<Instant>,
     pub queues: HashMap<Arc<str>, (Instant, Option<QueueStatus>)>,
     pub closing: bool,
 }
@@ -214,6 +220,11 @@ impl Shared {
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    /// How many replies were dropped so far, because they belong to no call.
+    pub fn dropped_replies(&self) -> u64 {
+        self.stats.dropped_replies.load(Ordering::Relaxed)
     }
 
     /// Has the connection manager look at the state.
@@ -424,7 +435,14 @@ impl Shared {
     }
 
     /// Forgets a call whose deadline has passed, and says what it was waiting for.
-    pub fn time_out(&self, id: CorrelationId, queue: &Arc<str>, after: Duration) -> Error {
+    /// `strangers` are the replies that came meanwhile and belong to no call.
+    pub fn time_out(
+        &self,
+        id: CorrelationId,
+        queue: &Arc<str>,
+        after: Duration,
+        strangers: u64,
+    ) -> Error {
         let mut state = self.lock();
         let pending = state.pending.remove(&id);
         let waiting_for = match (&state.blocked, &state.link, &pending) {
@@ -439,17 +457,24 @@ impl Shared {
                 queue: queue.to_string(),
             },
             (None, Some(_), Some(pending)) if pending.sent_on == 0 => WaitingFor::Room,
-            (None, Some(_), _) => match state.queues.get(queue) {
-                Some((at, None)) if is_fresh(*at) => WaitingFor::Queue {
-                    queue: queue.to_string(),
-                },
-                found => WaitingFor::Answer {
-                    queue: queue.to_string(),
-                    status: found
-                        .filter(|(at, _)| is_fresh(*at))
-                        .and_then(|&(_, status)| status),
-                },
-            },
+            (None, Some(link), _) => {
+                let found = state.queues.get(queue).filter(|(at, _)| is_fresh(*at));
+                let (queue, silence) = (queue.to_string(), link.inbox.silence());
+                // Nothing has come in since, and it was some time ago.
+                let is_silent = state
+                    .asked_at
+                    .map(|at| at.elapsed())
+                    .is_some_and(|ago| silence > ago && ago >= diagnosis_time(after) / 2);
+                match found {
+                    Some((_, None)) => WaitingFor::Queue { queue },
+                    None if is_silent => WaitingFor::SilentBroker { queue, silence },
+                    found => WaitingFor::Answer {
+                        queue,
+                        status: found.and_then(|&(_, status)| status),
+                        strangers,
+                    },
+                }
+            }
         };
         Error::Timeout { after, waiting_for }
     }

@@ -269,7 +269,16 @@ impl Supervisor {
                  one is for questions, so start fewer workers, or several servers"
             )));
         }
-        self.ensure_queue(connection, told)?;
+        let queue = &self.options.queue;
+        let was_there = self.ensure_queue(connection, told)?;
+        if was_there && self.starting.is_some() && queue::is_stream(connection, told, queue)? {
+            return Err(Error::QueueRefused {
+                queue: queue.clone(),
+                reason: "it is a stream, of which every worker would get each request; choose \
+                         another name, or delete it"
+                    .to_owned(),
+            });
+        }
         self.fill_up(connection, channels)
     }
 
@@ -326,10 +335,9 @@ impl Supervisor {
                     }
                     channels.consuming.remove(&id);
                     if !channels.announced {
-                        let (queue, said) = (&self.options.queue, close.to_string());
-                        return Err(match queue::refusal(queue, close.code, &said) {
+                        return Err(match queue::refusal(&self.options.queue, &close) {
                             Some(refusal) => refusal.into(),
-                            None => lost(&said),
+                            None => lost(&close.to_string()),
                         });
                     }
                     log::warn!("lost a channel: {close}; opening another");
@@ -355,7 +363,7 @@ impl Supervisor {
         }
     }
 
-    fn ensure_queue(&self, connection: &mut Connection, told: &mut Told) -> Result<(), Error> {
+    fn ensure_queue(&self, connection: &mut Connection, told: &mut Told) -> Result<bool, Error> {
         let (queue, queue_type) = (&self.options.queue, self.options.queue_type);
         Ok(queue::ensure(connection, told, queue, queue_type)?)
     }

@@ -105,7 +105,7 @@ fn a_stopped_broker_holds_no_call_past_its_deadline_and_is_used_again_when_it_go
     let began = Instant::now();
     match client.call(b"10") {
         Err(Error::Timeout {
-            waiting_for: WaitingFor::Answer { status: None, .. },
+            waiting_for: WaitingFor::SilentBroker { .. },
             ..
         }) => {}
         other => panic!("expected a timeout waiting for an answer, got {other:?}"),

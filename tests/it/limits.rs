@@ -173,7 +173,8 @@ fn a_request_whose_reply_closes_the_connection_does_not_come_back_for_ever() {
     for answer in calls {
         assert_eq!(answer.result.unwrap().body, b"1");
     }
-    eventually("they are dropped", || serving.stats().unanswerable == 5);
+    // Or more: an acknowledgement may be lost with the connection that another one closes.
+    eventually("they are dropped", || serving.stats().unanswerable >= 5);
     eventually("nothing is left", || {
         peer.channel
             .queue_declare_passive(&*queue)
@@ -339,8 +340,15 @@ fn a_queue_that_does_not_answer_holds_up_nobody_who_calls_another() {
         .request(&stuck)
         .timeout(Duration::from_secs(1));
     let error = short.send("2").unwrap_err();
-    assert!(matches!(error, Error::Timeout { .. }), "{error}");
-    // Its state was asked after, and nobody has answered.
+    // Its state was asked after, and nobody has answered; but the broker is not silent.
+    let said = error.to_string();
+    assert!(said.contains("does not say what state"), "{said}");
+    let error = client
+        .client
+        .request(&stuck)
+        .timeout(Duration::from_secs(1));
+    let said = error.send("3").unwrap_err().to_string();
+    assert!(said.contains("does not say what state"), "{said}");
     for _ in 0..10 {
         assert_eq!(client.call("1").unwrap(), b"1");
     }

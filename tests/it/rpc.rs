@@ -519,6 +519,49 @@ fn a_timeout_says_how_many_consume_and_wait() {
 }
 
 #[test]
+fn a_timeout_tells_of_replies_that_belong_to_no_call() {
+    let peer = Peer::connect(&url());
+    let queue = unique("strangers");
+    peer.channel
+        .queue_declare(&*queue, QueueDeclareOptions::default())
+        .unwrap();
+    let client = client(&url(), &queue, Duration::from_secs(2));
+    let call = thread::spawn(move || client.call("1"));
+    // A server that forgets the correlation id.
+    let request = peer.receive(&queue);
+    let reply_to = request.properties.reply_to().clone().unwrap();
+    for _ in 0..2 {
+        peer.publish(&reply_to, b"1", AmqpProperties::default());
+    }
+    let said = call.join().unwrap().unwrap_err().to_string();
+    assert!(
+        said.contains("2 replies came that belong to no call"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_stream_is_refused_and_any_other_queue_served() {
+    let peer = Peer::connect(&url());
+    let queue = unique("stream");
+    let mut arguments = FieldTable::new();
+    let stream = AmqpValue::LongString("stream".to_owned());
+    arguments.insert("x-queue-type".to_owned(), stream);
+    let options = QueueDeclareOptions {
+        durable: true,
+        arguments,
+        ..QueueDeclareOptions::default()
+    };
+    peer.channel.queue_declare(&*queue, options).unwrap();
+    let refused = run(fibrpc(&url(), &queue).arg("server"));
+    assert_eq!(refused.code(), Some(6), "{}", refused.stderr);
+    assert!(refused.stderr.contains("is a stream"), "{}", refused.stderr);
+    peer.channel
+        .queue_delete(&*queue, QueueDeleteOptions::default())
+        .unwrap();
+}
+
+#[test]
 fn a_server_uses_the_queue_that_is_there_whatever_its_type() {
     for (name, options) in [
         (
