@@ -326,6 +326,7 @@ impl Supervisor {
                 }
                 Incoming::Channel(id, ChannelEvent::QueueGone) => {
                     if let Some(channel) = channels.open.get(&id) {
+                        channels.consuming.remove(&id);
                         self.consume_again(connection, channel, told)?;
                     }
                 }
@@ -429,7 +430,6 @@ impl Supervisor {
     fn drain(&mut self, connection: &mut Connection, mut channels: Channels) -> Result<(), Error> {
         let time = self.options.drain_timeout;
         let deadline = after(Instant::now(), time);
-        let give_up_at = deadline.min(Instant::now() + CANCEL_TIME);
         // Whatever may still block gets an error when the time is up.
         let _watchdog = connection.outbox.abort_after(time);
         self.queue.stop();
@@ -437,6 +437,7 @@ impl Supervisor {
             channel.say(put_cancel);
         }
         let mut closing = false;
+        let mut idle_since = None;
         loop {
             let (busy, backlog) = self.queue.take_backlog();
             for (channel, tag) in backlog {
@@ -452,6 +453,10 @@ impl Supervisor {
             }
             // Or the broker does not listen; it gives back what it has given us when it finds the
             // connection closed.
+            let give_up_at = match busy {
+                0 => *idle_since.get_or_insert_with(Instant::now) + CANCEL_TIME,
+                _ => deadline,
+            };
             let is_deaf = busy == 0 && Instant::now() >= give_up_at;
             if is_deaf || closing && channels.open.is_empty() {
                 let _ = connection.close();
@@ -464,7 +469,7 @@ impl Supervisor {
                     workers: busy,
                 });
             }
-            let wake_at = if busy == 0 { give_up_at } else { deadline };
+            let wake_at = give_up_at.min(deadline);
             let event = select! {
                 recv(self.told) -> event => event,
                 recv(connection.down) -> _ => {
