@@ -3,7 +3,7 @@
 use crate::support::{PATIENCE, Peer, Process, fibrpc, run, server, unique, url};
 use amiquip::{AmqpProperties, QueueDeclareOptions};
 use serde_json::Value;
-use std::io::{BufRead, BufReader, Seek, Write};
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -279,6 +279,34 @@ fn the_timeout_covers_a_broker_that_accepts_and_never_speaks() {
         "all three at once: {:?}",
         call.took
     );
+}
+
+#[test]
+fn a_port_that_speaks_something_else_is_told_at_once() {
+    for (answer, shown) in [
+        (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], "HTTP/1.1 400"),
+        // A port for TLS, and a broker of another version.
+        (b"\x15\x03\x01\x00\x02\x02\x46", "not AMQP 0-9-1"),
+        (b"AMQP\x03\x01\x00\x00", "not AMQP 0-9-1"),
+        // It closes, having said nothing.
+        (b"", "AMQP handshake"),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("amqp://{}", listener.local_addr().unwrap());
+        thread::spawn(move || {
+            let (mut peer, _) = listener.accept().unwrap();
+            if !answer.is_empty() {
+                peer.read_exact(&mut [0; 8]).unwrap();
+                peer.write_all(answer).unwrap();
+                // Does not close.
+                let _ = peer.read_to_end(&mut Vec::new());
+            }
+        });
+        let call = run(fibrpc(&url, "q").args(["call", "1"]));
+        assert_eq!(call.code(), Some(6), "{shown}: {}", call.stderr);
+        assert!(call.stderr.contains(shown), "{shown}: {}", call.stderr);
+        assert!(call.stderr.contains("amqps://"), "{shown}: {}", call.stderr);
+    }
 }
 
 #[test]
