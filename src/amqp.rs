@@ -13,6 +13,8 @@ pub(crate) mod incoming; // the frames that we read; pure
 
 pub(crate) mod inbox; // who reads the socket
 pub(crate) mod outbox; // who writes it
+#[cfg(feature = "tls")]
+pub(crate) mod pem; // certificates and keys in files
 pub(crate) mod stream; // what amiquip takes for it
 #[cfg(feature = "tls")]
 pub(crate) mod tls;

@@ -9,6 +9,6 @@ pub mod server;
 pub mod status;
 
 pub mod exit; // exit codes, and how a failure is told
-mod lines; // lines on stdout
+pub mod lines; // lines on stdout and stderr
 mod numbers; // numbers from the arguments or stdin
 mod signals;

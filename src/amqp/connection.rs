@@ -292,7 +292,8 @@ impl Endpoint {
         deadline: Instant,
         sink: Box<dyn Sink>,
     ) -> Result<Connection, Failure> {
-        let name = match (socket.local_addr(), socket.peer_addr()) {
+        let peer = socket.peer_addr();
+        let name = match (socket.local_addr(), &peer) {
             (Ok(local), Ok(peer)) => format!("{local} -> {peer}"),
             _ => "a connection already lost".to_owned(),
         };
@@ -337,19 +338,49 @@ impl Endpoint {
             Err(amiquip::Error::InvalidCredentials) if self.external => Err(Failure::new(
                 "it refused our certificate as a user (wrong name in it? or still starting?)",
             )),
-            Err(amiquip::Error::InvalidCredentials) => Err(Failure::new(format!(
-                "it refused the user '{}' (wrong password? or still starting?)",
-                self.user
-            ))),
+            Err(amiquip::Error::InvalidCredentials) => {
+                Err(Failure::new(refused_user(&self.user, peer.ok())))
+            }
             // It says what it is about.
             Err(error @ amiquip::Error::ServerClosedConnection { .. }) => {
                 Err(Failure::new(describe(&error)))
             }
-            Err(error) => Err(Failure::new(format!(
-                "AMQP handshake: {}",
-                describe(&error)
-            ))),
+            Err(error) => {
+                const PORT: &str = "is this its port for amqp://? 5672 is the usual one; to 5671 \
+                                    it is amqps://, and 15672 is for browsers";
+                let hint = match &error {
+                    amiquip::Error::IoErrorReadingSocket { source }
+                        if !self.tls && source.kind() == io::ErrorKind::InvalidData =>
+                    {
+                        format!(" ({PORT})")
+                    }
+                    amiquip::Error::IoErrorReadingSocket { .. }
+                    | amiquip::Error::IoErrorWritingSocket { .. }
+                    | amiquip::Error::UnexpectedSocketClose
+                        if !self.tls =>
+                    {
+                        format!(" ({PORT}; or is it still starting?)")
+                    }
+                    _ => String::new(),
+                };
+                let reason = describe(&error);
+                Err(Failure::new(format!("AMQP handshake: {reason}{hint}")))
+            }
         }
+    }
+}
+
+/// What to say when the broker refuses a user, of whom it does not tell why.
+fn refused_user(user: &str, peer: Option<SocketAddr>) -> String {
+    // Source: <https://www.rabbitmq.com/docs/access-control#loopback-users>.
+    match peer {
+        Some(peer) if user == "guest" && !peer.ip().to_canonical().is_loopback() => format!(
+            "it refused the user 'guest', which RabbitMQ lets in only from its own machine, and \
+             {} is another address; make another user (`rabbitmqctl add_user`, \
+             `set_permissions`) and name it in the URL",
+            peer.ip()
+        ),
+        _ => format!("it refused the user '{user}' (wrong password? or still starting?)"),
     }
 }
 
@@ -357,6 +388,22 @@ impl Endpoint {
 mod tests {
     use super::*;
     use crossbeam_channel::unbounded;
+
+    #[test]
+    fn guest_is_let_in_only_from_the_brokers_own_machine() {
+        for (user, peer, is_told) in [
+            ("guest", "192.0.2.1:5672", true),
+            ("guest", "[2001:db8::1]:5672", true),
+            ("guest", "127.0.0.1:5672", false),
+            ("guest", "[::1]:5672", false),
+            ("guest", "[::ffff:127.0.0.1]:5672", false),
+            ("app", "192.0.2.1:5672", false),
+        ] {
+            let reason = refused_user(user, Some(peer.parse().unwrap()));
+            let told = reason.contains("only from its own machine");
+            assert_eq!(told, is_told, "{user} {peer}: {reason}");
+        }
+    }
 
     #[test]
     fn a_name_that_does_not_resolve_is_unreachable_and_says_so() {

@@ -35,6 +35,9 @@ pub(crate) const READ_TIME_MAX: Duration = Duration::from_millis(250);
 /// broker up that is silent for two heartbeats; but a busy broker sends no heartbeats, and what it
 /// does send does not come by amiquip.
 const LIFE_SIGN_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How many bytes are told of a peer that sends something else than frames.
+const SHOWN_LEN: usize = 24;
 const HEARTBEAT_FRAME: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
 
 /// Where amiquip's I/O thread puts what arrives while no thread of ours leads.
@@ -86,8 +89,6 @@ struct Reader {
     bytes: Vec<u8>,
     filled: usize,
     assembler: Assembler,
-    /// Whether what arrives is not AMQP as we know it; then amiquip gets it all, and complains.
-    foreign: bool,
     /// How long a read blocks, as the socket is set.
     read_time: Duration,
     /// When amiquip last got anything.
@@ -129,7 +130,6 @@ impl Inbox {
                 bytes: Vec::new(),
                 filled: 0,
                 assembler: Assembler::default(),
-                foreign: false,
                 read_time: READ_TIME_MAX,
                 life_sign: Instant::now(),
             }),
@@ -424,14 +424,17 @@ impl Reader {
     fn dispatch(&mut self, inbox: &Inbox, take: &mut impl FnMut(Incoming)) -> Result<(), Down> {
         let mut at = 0;
         let mut fed = false;
-        while !self.foreign {
+        loop {
             let bytes = &self.bytes[at..self.filled];
             let frame = match frame_len(bytes) {
                 Ok(Some(len)) if len <= bytes.len() => &bytes[..len],
                 Ok(_) => break,
                 Err(Malformed) => {
-                    self.foreign = true;
-                    break;
+                    // amiquip would take what is no frame for the beginning of a large one.
+                    let shown = bytes[..bytes.len().min(SHOWN_LEN)].escape_ascii();
+                    let reason = format!("what it sends is not AMQP 0-9-1: \"{shown}\"");
+                    inbox.fail(&io::Error::new(ErrorKind::InvalidData, reason));
+                    return Err(Down);
                 }
             };
             let Ok(parsed) = self.assembler.take(frame) else {
@@ -453,14 +456,7 @@ impl Reader {
         let now = Instant::now();
         let since = now.duration_since(inbox.opened).as_nanos() as u64;
         inbox.latest_read.store(since, Ordering::Relaxed);
-        if self.foreign {
-            inbox
-                .feed()
-                .bytes
-                .extend_from_slice(&self.bytes[at..self.filled]);
-            at = self.filled;
-            fed = true;
-        } else if !fed && now.duration_since(self.life_sign) >= LIFE_SIGN_INTERVAL {
+        if !fed && now.duration_since(self.life_sign) >= LIFE_SIGN_INTERVAL {
             inbox.feed().bytes.extend_from_slice(&HEARTBEAT_FRAME);
             fed = true;
         }

@@ -3,9 +3,17 @@
 //! Verification cannot be turned off. A broker with a certificate of its own making is trusted by
 //! naming that certificate ([`TlsOptions::ca_file`]).
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
+use crate::amqp::pem;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{WebPkiServerVerifier, verify_server_name};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct,
+    InvalidMessage, OtherError, RootCertStore, SignatureScheme,
+};
+use std::env;
+use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -54,14 +62,15 @@ impl TlsOptions {
     }
 
     /// A PEM file of the certificates that may have signed the broker's, at least one; no others
-    /// are trusted then. Default: those that the system trusts.
+    /// are trusted then. A broker that shows one of them as its own is trusted, too. Default: those
+    /// that the system trusts, or that `SSL_CERT_FILE` and `SSL_CERT_DIR` name.
     pub fn ca_file(mut self, file: impl Into<PathBuf>) -> TlsOptions {
         self.ca_file = Some(file.into());
         self
     }
 
-    /// PEM files of our own certificate, with those between it and the broker's authority, and of
-    /// its private key. It is shown to a broker that asks for one; the user is still that of the
+    /// PEM files of our own certificate, with those between it and the broker's authority behind it,
+    /// and of its private key, not encrypted; one file may hold both. It is shown to a broker that asks for one; the user is still that of the
     /// URL, unless that says `?auth_mechanism=external`. Default: none.
     /// Source: <https://www.rabbitmq.com/docs/access-control>.
     pub fn client_certificate(
@@ -75,58 +84,172 @@ impl TlsOptions {
 
     fn config(&self) -> Result<ClientConfig, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider)
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
-            .map_err(|error| error.to_string())?
-            .with_root_certificates(self.roots()?);
+            .map_err(|error| error.to_string())?;
+        let builder = match &self.ca_file {
+            None => builder.with_root_certificates(system_roots()?),
+            Some(file) => {
+                let named = pem::certificates(file)?;
+                let roots = Arc::new(roots(file, &named)?);
+                let usual = WebPkiServerVerifier::builder_with_provider(roots, provider)
+                    .build()
+                    .map_err(|error| error.to_string())?;
+                // What rustls calls dangerous is another verifier than its own; ours asks it.
+                builder
+                    .dangerous()
+                    .with_custom_certificate_verifier(Arc::new(Verifier { usual, named }))
+            }
+        };
         match &self.client_certificate {
             None => Ok(builder.with_no_client_auth()),
             Some((certificate, key)) => {
-                let chain = certificates(certificate)?;
-                let secret = PrivateKeyDer::from_pem_file(key)
-                    .map_err(|error| format!("the key {}: {error}", key.display()))?;
+                let chain = pem::certificates(certificate)?;
+                let secret = pem::private_key(key)?;
                 builder
                     .with_client_auth_cert(chain, secret)
-                    .map_err(|error| {
-                        let (certificate, key) = (certificate.display(), key.display());
-                        format!("the certificate {certificate} with the key {key}: {error}")
-                    })
+                    .map_err(|error| wrong_pair(certificate, key, &error))
             }
         }
-    }
-
-    fn roots(&self) -> Result<RootCertStore, String> {
-        let mut roots = RootCertStore::empty();
-        match &self.ca_file {
-            Some(file) => {
-                for certificate in certificates(file)? {
-                    roots
-                        .add(certificate)
-                        .map_err(|error| format!("the file {}: {error}", file.display()))?;
-                }
-            }
-            None => {
-                let found = rustls_native_certs::load_native_certs();
-                roots.add_parsable_certificates(found.certs);
-                if roots.is_empty() {
-                    return Err("the system trusts no certificate (is the package \
-                                ca-certificates there?); name one with --tls-ca"
-                        .to_owned());
-                }
-            }
-        }
-        Ok(roots)
     }
 }
 
-/// The certificates in a PEM file, at least one.
-fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let all: Result<Vec<_>, _> =
-        CertificateDer::pem_file_iter(file).and_then(|certificates| certificates.collect());
-    match all {
-        Ok(all) if all.is_empty() => Err(format!("no certificate in {}", file.display())),
-        Ok(all) => Ok(all),
-        Err(error) => Err(format!("the file {}: {error}", file.display())),
+/// What the system trusts, or `SSL_CERT_FILE` and `SSL_CERT_DIR` say.
+fn system_roots() -> Result<RootCertStore, String> {
+    for name in ["SSL_CERT_FILE", "SSL_CERT_DIR"] {
+        // What the system trusts would be taken in its place.
+        if let Some(value) = env::var_os(name).filter(|value| !value.is_empty())
+            && !env::split_paths(&value).any(|path| path.exists())
+        {
+            return Err(format!(
+                "the variable {name} names {}, which is not there; set it right, or unset it to \
+                 trust what the system does",
+                value.display()
+            ));
+        }
+    }
+    let mut roots = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(found.certs);
+    if !roots.is_empty() {
+        return Ok(roots);
+    }
+    let mut why = String::new();
+    for error in found.errors {
+        let _ = write!(why, " ({error})");
+    }
+    Err(format!(
+        "the system trusts no certificate{why}; is the package ca-certificates there? --tls-ca \
+         names a file with one, and so does the variable SSL_CERT_FILE"
+    ))
+}
+
+/// The certificates in a file as those that may have signed a broker's. A bundle may hold some
+/// that cannot be used.
+fn roots(file: &Path, named: &[CertificateDer<'static>]) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    let mut unusable = String::new();
+    for (index, certificate) in named.iter().enumerate() {
+        if let Err(error) = roots.add(certificate.clone()) {
+            let (number, file) = (index + 1, file.display());
+            unusable = format!(
+                "certificate {number} in {file} is damaged: {error}; `openssl x509 -in {file} \
+                 -noout -text` must be able to read it"
+            );
+            log::debug!("{unusable}");
+        }
+    }
+    match roots.is_empty() {
+        true => Err(unusable),
+        false => Ok(roots),
+    }
+}
+
+/// Why a certificate and a key cannot be used together.
+fn wrong_pair(certificate: &Path, key: &Path, error: &rustls::Error) -> String {
+    let (certificate, key) = (certificate.display(), key.display());
+    match error {
+        rustls::Error::InconsistentKeys(_) => format!(
+            "the key {key} is not that of the certificate {certificate}, which must be the first \
+             in its file: `openssl x509 -in {certificate} -noout -pubkey` and `openssl pkey -in \
+             {key} -pubout` print the same if it is"
+        ),
+        error => format!(
+            "the certificate {certificate} with the key {key}: {error} (RSA from 2048 bits, EC \
+             P-256 and P-384 and Ed25519 can be used: `openssl req -x509 -newkey rsa:2048`)"
+        ),
+    }
+}
+
+/// Trusts what rustls' own verifier trusts, and a broker that shows the very certificate that
+/// [`TlsOptions::ca_file`] names: `openssl req -x509` makes certificates that are authorities, and
+/// people use one for both, but an authority's is refused as a broker's (RFC 5280, and rustls).
+#[derive(Debug)]
+struct Verifier {
+    usual: Arc<WebPkiServerVerifier>,
+    /// The certificates in the file.
+    named: Vec<CertificateDer<'static>>,
+}
+
+impl Verifier {
+    /// Whether it was refused because it is an authority's. That it is valid today was checked
+    /// before, and that the broker has its key is checked in every handshake.
+    fn is_authority(error: &rustls::Error) -> bool {
+        matches!(
+            error,
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(reason)))
+                if reason.to_string() == "CaUsedAsEndEntity"
+        )
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let usual = self.usual.verify_server_cert(
+            end_entity,
+            intermediates,
+            server_name,
+            ocsp_response,
+            now,
+        );
+        match usual {
+            Err(error) if Verifier::is_authority(&error) && self.named.contains(end_entity) => {
+                verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
+                Ok(ServerCertVerified::assertion())
+            }
+            usual => usual,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.usual
+            .verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.usual
+            .verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.usual.supported_verify_schemes()
     }
 }
 
@@ -162,9 +285,8 @@ impl TlsStream {
         deadline: Instant,
     ) -> Result<TlsStream, String> {
         let name = match host {
-            Host::Domain(name) => {
-                ServerName::try_from(name.clone()).map_err(|error| error.to_string())?
-            }
+            Host::Domain(name) => ServerName::try_from(name.clone())
+                .map_err(|_| format!("no certificate can be for a host with the name '{name}'"))?,
             Host::Ipv4(ip) => ServerName::IpAddress((*ip).into()),
             Host::Ipv6(ip) => ServerName::IpAddress((*ip).into()),
         };
@@ -173,7 +295,7 @@ impl TlsStream {
         shake_hands(&mut session, &socket, deadline).map_err(|error| match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => "no answer in time".to_owned(),
             ErrorKind::UnexpectedEof => {
-                "the broker closed the connection (is this its TLS port?)".to_owned()
+                format!("it closed the connection ({OTHER_PORT})")
             }
             _ => error.to_string(),
         })?;
@@ -292,5 +414,108 @@ fn shake_hands(
 }
 
 fn invalid(error: rustls::Error) -> io::Error {
-    io::Error::new(ErrorKind::InvalidData, error)
+    io::Error::new(ErrorKind::InvalidData, explain(&error))
+}
+
+/// What to say of a peer that does not speak TLS.
+const OTHER_PORT: &str = "is this its TLS port? 5671 is the usual one for amqps://; to 5672 it is \
+                          amqp://, without TLS";
+
+/// What is wrong, in words that say what to do about it.
+fn explain(error: &rustls::Error) -> String {
+    match error {
+        rustls::Error::InvalidCertificate(reason) => {
+            format!("the broker's certificate is refused: {}", refused(reason))
+        }
+        // RabbitMQ answers what it does not understand with `AMQP`, a web server with `HTTP`.
+        rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+            format!("it does not speak TLS there ({OTHER_PORT})")
+        }
+        rustls::Error::AlertReceived(alert) => {
+            let meaning = match alert {
+                AlertDescription::CertificateRequired => {
+                    "it wants a certificate of ours (--tls-cert and --tls-key name one)"
+                }
+                AlertDescription::UnknownCA => {
+                    "the authority that signed our certificate is none of those that it trusts \
+                     (its `cacertfile`)"
+                }
+                AlertDescription::BadCertificate
+                | AlertDescription::UnsupportedCertificate
+                | AlertDescription::CertificateUnknown
+                | AlertDescription::CertificateRevoked => {
+                    "it does not accept our certificate (its log says why)"
+                }
+                AlertDescription::CertificateExpired => "our certificate has expired",
+                AlertDescription::HandshakeFailure => {
+                    "no way to encrypt in common, or it wants a certificate of ours (--tls-cert \
+                     and --tls-key name one)"
+                }
+                AlertDescription::ProtocolVersion => {
+                    "no TLS version in common; 1.2 and 1.3 are spoken here"
+                }
+                _ => "its log says why",
+            };
+            format!("the broker ended it with the alert {alert:?}: {meaning}")
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Why a broker's certificate is refused, and what helps.
+fn refused(reason: &CertificateError) -> String {
+    const NAME: &str = "openssl takes it as `-addext subjectAltName=DNS:HOST,IP:ADDRESS`, and \
+                        `openssl x509 -req` from `-extfile`";
+    let days = |from: &UnixTime, to: &UnixTime| to.as_secs().saturating_sub(from.as_secs()) / 86400;
+    match reason {
+        CertificateError::UnknownIssuer => "UnknownIssuer, none of those trusted has signed it; \
+             --tls-ca names a file with the one that has, or with the certificate itself if it \
+             signed itself"
+            .to_owned(),
+        CertificateError::ExpiredContext { time, not_after } => format!(
+            "it expired {} days ago; renew it (or is this machine's clock wrong?)",
+            days(not_after, time)
+        ),
+        CertificateError::NotValidYetContext { time, not_before } => format!(
+            "it is valid only in {} days (is this machine's clock wrong?)",
+            days(time, not_before)
+        ),
+        CertificateError::NotValidForNameContext {
+            expected,
+            presented,
+        } => {
+            let expected = expected.to_str();
+            match &presented[..] {
+                [] => format!(
+                    "it is not valid for name '{expected}', since it has no subjectAltName; a \
+                     name in CN alone does not count; {NAME}"
+                ),
+                names => format!(
+                    "it is not valid for name '{expected}', only for {}; use such a name in the \
+                     URL, or have it made anew: {NAME}",
+                    names.join(", ")
+                ),
+            }
+        }
+        CertificateError::InvalidPurposeContext { .. } => {
+            format!("{reason}; have it made anew with extendedKeyUsage=serverAuth")
+        }
+        CertificateError::Other(OtherError(other)) => match other.to_string().as_str() {
+            "CaUsedAsEndEntity" => "it is an authority's own (CA:TRUE, as `openssl req -x509` \
+                makes it); give --tls-ca exactly this certificate, or have one made with \
+                `-addext basicConstraints=CA:FALSE`"
+                .to_owned(),
+            "UnsupportedCertVersion" => format!(
+                "it is of X.509 version 1, without subjectAltName, as `openssl x509 -req` makes \
+                 it without `-extfile`; {NAME}"
+            ),
+            other => other.to_owned(),
+        },
+        CertificateError::UnsupportedSignatureAlgorithmContext { .. } => {
+            "it is signed in a way that is not accepted, such as with SHA-1; have it made anew \
+             with `-sha256`"
+                .to_owned()
+        }
+        other => other.to_string(),
+    }
 }

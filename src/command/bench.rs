@@ -3,7 +3,8 @@
 
 use crate::command::cli::{BenchArgs, Global, ReportKind};
 use crate::command::exit::{INTERRUPTED, class};
-use crate::command::signals::on_first_signal;
+use crate::command::lines;
+use crate::command::signals::{GOODBYE_TIME, on_first_signal};
 use crate::fib;
 use fibrpc::{Answer, Calls, Client, RequestBuilder};
 use hdrhistogram::Histogram;
@@ -11,7 +12,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -74,13 +74,13 @@ struct Report {
 pub fn bench(args: &BenchArgs, global: &Global) -> anyhow::Result<ExitCode> {
     let client = args.client(global)?;
     let interrupted = client.clone();
-    on_first_signal(move || interrupted.close())?;
+    on_first_signal(Some(GOODBYE_TIME), move || interrupted.close())?;
     let report = run(&client, &global.queue, &args.plan());
     let text = match args.output {
         ReportKind::Text => report.text(),
         ReportKind::Json => serde_json::to_string(&report.json())? + "\n",
     };
-    io::stdout().lock().write_all(text.as_bytes())?;
+    lines::print(&text)?;
     Ok(match report.commonest_failure() {
         _ if client.is_closed() => ExitCode::from(INTERRUPTED),
         None => ExitCode::SUCCESS,

@@ -1,10 +1,11 @@
 //! `fibrpc call`: asks for numbers, and prints the answers in the order of the questions.
 
 use crate::command::cli::{CallArgs, Global, Numbers, Output};
-use crate::command::exit::{INTERRUPTED, USAGE, class, print_hint};
-use crate::command::lines::Lines;
+use crate::command::exit::{INTERRUPTED, USAGE, class, hint};
+use crate::command::lines::{CANNOT_WRITE, Lines, stderr};
 use crate::command::numbers::{Next, Source};
-use crate::command::signals::on_first_signal;
+use crate::command::signals::{GOODBYE_TIME, on_first_signal};
+use anyhow::Context;
 use crossbeam_channel::bounded;
 use fibrpc::{Answer, Calls, Client, Error, RemoteError};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -29,7 +30,7 @@ pub fn call(args: CallArgs, global: &Global) -> anyhow::Result<ExitCode> {
     let client = args.client(global)?;
     let (running, interrupt) = bounded(0);
     let interrupted = client.clone();
-    on_first_signal(move || {
+    on_first_signal(Some(GOODBYE_TIME), move || {
         interrupted.close();
         drop(running);
     })?;
@@ -50,13 +51,13 @@ pub fn call(args: CallArgs, global: &Global) -> anyhow::Result<ExitCode> {
         taken: 0,
         printer: Printer {
             output: args.output,
-            lines: Lines::start()?,
+            lines: Lines::stdout()?,
             first_failure: None,
             progress: progress(total),
             progressed: Instant::now(),
         },
     };
-    let first_failure = run.run()?;
+    let first_failure = run.run().context(CANNOT_WRITE)?;
     if client.is_closed() {
         return Ok(ExitCode::from(INTERRUPTED));
     }
@@ -197,7 +198,9 @@ impl Printer {
             (Ok(number), Output::Raw) => self.lines.print(number)?,
             (Err(error), Output::Text | Output::Raw) => {
                 self.complain(&format!("fib({n}): {error}"))?;
-                print_hint(error);
+                if let Some(hint) = hint(error) {
+                    stderr::print(&hint);
+                }
             }
         }
         if let Err(error) = result {
@@ -237,8 +240,9 @@ impl Printer {
 
     fn complain(&self, what: &str) -> io::Result<()> {
         // So that on a terminal the two come in order.
-        self.lines.flush()?;
-        self.progress.suspend(|| eprintln!("error: {what}"));
+        self.lines.flush(None)?;
+        self.progress
+            .suspend(|| stderr::print(&format!("error: {what}")));
         Ok(())
     }
 
@@ -251,7 +255,7 @@ impl Printer {
     }
 
     fn finish(self) -> io::Result<Option<u8>> {
-        self.lines.finish()?;
+        self.lines.flush(None)?;
         self.progress.finish_and_clear();
         Ok(self.first_failure)
     }

@@ -465,13 +465,15 @@ fn number(text: &str) -> Result<Option<i128>, String> {
     }
 }
 
-/// Prints the completions of a shell, or the manual page.
-pub fn print_completions(shell: Shell) {
-    clap_complete::generate(shell, &mut Cli::command(), "fibrpc", &mut io::stdout());
+/// The script that completes command lines, for a shell.
+pub fn completions(shell: Shell) -> String {
+    let mut out = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "fibrpc", &mut out);
+    String::from_utf8_lossy(&out).into_owned()
 }
 
-/// Prints the manual page, and those of the subcommands after it.
-pub fn print_man() -> io::Result<()> {
+/// The manual page, and those of the subcommands after it.
+pub fn manual() -> io::Result<String> {
     let mut command = Cli::command();
     command.build();
     let subcommands: Vec<_> = command
@@ -479,7 +481,7 @@ pub fn print_man() -> io::Result<()> {
         .filter(|sub| !sub.is_hide_set() && sub.get_name() != "help")
         .cloned()
         .collect();
-    let mut out = io::stdout().lock();
+    let mut out = Vec::new();
     let man = clap_mangen::Man::new(command);
     man.render(&mut out)?;
     for subcommand in subcommands {
@@ -488,7 +490,7 @@ pub fn print_man() -> io::Result<()> {
         man.render_description_section(&mut out)?;
         man.render_options_section(&mut out)?;
     }
-    Ok(())
+    Ok(String::from_utf8_lossy(&out).into_owned())
 }
 
 /// A queue's name: an AMQP short string.

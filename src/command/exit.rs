@@ -1,5 +1,6 @@
 //! How a failure is told: its kind, its exit code, a hint.
 
+use crate::command::lines::{CANNOT_WRITE, stderr};
 use fibrpc::Error;
 use std::io::{self, ErrorKind};
 use std::process::ExitCode;
@@ -16,7 +17,7 @@ pub const INTERRUPTED: u8 = 130;
 /// Prints why the command failed, and says with what code.
 pub fn fail(error: &anyhow::Error) -> ExitCode {
     if let Some(usage) = error.downcast_ref::<clap::Error>() {
-        usage.exit();
+        return self::usage(usage);
     }
     if let Some(error) = error.downcast_ref::<io::Error>()
         && error.kind() == ErrorKind::BrokenPipe
@@ -27,14 +28,26 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
     match error.downcast_ref::<Error>() {
         Some(error) => {
             // It tells of its source itself.
-            eprintln!("error: {error}");
-            print_hint(error);
+            stderr::offer(&format!("error: {error}"));
+            if let Some(hint) = hint(error) {
+                stderr::offer(&hint);
+            }
             ExitCode::from(class(error).1)
         }
         None => {
-            eprintln!("error: {error:#}");
+            stderr::offer(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Prints what clap has to say: of the arguments, or the help that was asked for.
+pub fn usage(said: &clap::Error) -> ExitCode {
+    match said.print() {
+        Err(error) if !said.use_stderr() && error.kind() != ErrorKind::BrokenPipe => {
+            fail(&anyhow::Error::new(error).context(CANNOT_WRITE))
+        }
+        _ => u8::try_from(said.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from),
     }
 }
 
@@ -53,15 +66,15 @@ pub fn class(error: &Error) -> (&'static str, u8) {
     }
 }
 
-/// Says what to do about it, if there is something.
-pub fn print_hint(error: &Error) {
+/// What to do about it, if there is something.
+pub fn hint(error: &Error) -> Option<String> {
     let hint = match error {
         // Otherwise the broker was reached, and refused us.
         Error::Unreachable {
             source: Some(_), ..
         } => "is RabbitMQ running there? `make broker` starts one; --url or AMQP_URL names another",
         Error::NoServer { .. } => "start one with `fibrpc server`, or wait with --wait-for-server",
-        _ => return,
+        _ => return None,
     };
-    eprintln!("  hint: {hint}");
+    Some(format!("  hint: {hint}"))
 }

@@ -1,29 +1,44 @@
-//! Lines on stdout: from any thread, whole, in order, and without a system call for each.
+//! Lines on stdout and stderr: from any thread, whole, in order, and without a system call for each.
 //!
 //! A server that prints a line per request from each of its workers spends more time on printing
 //! than on serving. Here a worker only appends to a buffer. A thread writes the first line at
 //! once, and what comes shortly after together.
+//!
+//! Whoever reads the lines may stop reading, and the disk that they go to may be full. Then it
+//! depends on what the lines are. Answers are the product: [`Lines::print`] waits until there is
+//! room, and fails when nothing can be written. A server's lines are a courtesy: [`Lines::offer`]
+//! never waits. What it cannot keep it drops, and how many lines that were is written in their
+//! place.
 
+use anyhow::Context;
+use std::fs::File;
 use std::io::{self, ErrorKind, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long lines are collected after a write, at most.
 const COLLECT: Duration = Duration::from_millis(5);
 
-/// How much may wait for whoever reads our output, in bytes, before printing has to wait, too.
-const BUFFER_MAX: usize = 1 << 20;
+/// How much may wait for whoever reads our output, in bytes. As much again may be on its way.
+const BUFFER_MAX: usize = 64 << 10;
 
-/// Stdout, for lines.
-pub struct Lines {
-    shared: Arc<Shared>,
-    writer: Option<JoinHandle<()>>,
-}
+/// How long the last lines of a process may take whose lines are a courtesy.
+pub const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// How often a write is tried again to a pipe that somebody else has made non-blocking.
+const RETRY_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Stdout or stderr, for lines.
+#[derive(Clone)]
+pub struct Lines(Arc<Shared>);
 
 struct Shared {
+    /// What it is called.
+    name: &'static str,
     state: Mutex<State>,
-    /// There are lines for the writer, or they are written, or it is broken.
+    /// There are lines for the writer, or they are written, or that failed.
     changed: Condvar,
     /// The writer is to collect no longer: somebody waits for it. Apart from `changed`, so that a
     /// line that is only collected wakes nobody.
@@ -33,90 +48,92 @@ struct Shared {
 #[derive(Default)]
 struct State {
     buffer: Vec<u8>,
+    /// How many lines were offered after those in `buffer`, and dropped.
+    dropped: u64,
     /// Whether the writer has taken lines that are not written yet.
     writing: bool,
-    /// Why nothing can be written any more.
-    broken: Option<ErrorKind>,
+    /// Why a line could not be written, the first time.
+    failed: Option<io::Error>,
     /// Whether somebody waits for the lines to be written.
     hurry: bool,
-    /// Whether no more lines will come.
-    finished: bool,
 }
 
 impl Lines {
-    /// Starts the thread that writes, which ends with [`Lines::finish`].
-    pub fn start() -> io::Result<Lines> {
+    /// Lines for stdout.
+    pub fn stdout() -> io::Result<Lines> {
+        Lines::start("stdout", io::stdout().as_fd())
+    }
+
+    /// Starts the thread that writes. It owns a descriptor of its own, is joined by nobody, since a
+    /// write cannot be interrupted, and ends with the process.
+    fn start(name: &'static str, to: BorrowedFd<'_>) -> io::Result<Lines> {
+        let out = File::from(to.try_clone_to_owned()?);
         let shared = Arc::new(Shared {
+            name,
             state: Mutex::new(State::default()),
             changed: Condvar::new(),
             hurried: Condvar::new(),
         });
-        let writer = thread::Builder::new()
-            .name("fibrpc-stdout".to_owned())
+        thread::Builder::new()
+            .name(format!("fibrpc-{name}"))
             .spawn({
                 let shared = Arc::clone(&shared);
-                move || shared.write_all()
+                move || shared.write_for_ever(out)
             })?;
-        Ok(Lines {
-            shared,
-            writer: Some(writer),
-        })
+        Ok(Lines(shared))
     }
 
-    /// Prints a line.
+    /// Prints a line; waits for whoever reads them.
     ///
     /// # Errors
     ///
     /// Writing an earlier line has failed, such as to a pipe that was closed.
     pub fn print(&self, line: &str) -> io::Result<()> {
-        let mut state = self
-            .shared
-            .wait_while(|state| state.buffer.len() >= BUFFER_MAX)?;
-        if state.buffer.is_empty() {
-            self.shared.changed.notify_all();
-        }
-        state.buffer.extend_from_slice(line.as_bytes());
-        state.buffer.push(b'\n');
+        let state = self
+            .0
+            .wait_while(None, |state| state.buffer.len() >= BUFFER_MAX)?;
+        self.0.append(state, line);
         Ok(())
+    }
+
+    /// Prints a line if there is room for it, and never waits.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Lines::print`]; the line is printed all the same if that is possible again.
+    pub fn offer(&self, line: &str) -> io::Result<()> {
+        let mut state = self.0.lock();
+        let failed = state.check();
+        if state.buffer.len() < BUFFER_MAX {
+            self.0.append(state, line);
+        } else {
+            state.dropped += 1;
+        }
+        failed
     }
 
     /// Waits until all lines so far are written.
     ///
     /// # Errors
     ///
-    /// As of [`Lines::print`].
-    pub fn flush(&self) -> io::Result<()> {
-        self.shared.lock().hurry = true;
-        self.shared.hurried.notify_all();
-        self.shared
-            .wait_while(|state| state.writing || !state.buffer.is_empty())
+    /// As of [`Lines::print`]; [`ErrorKind::TimedOut`] if there is a limit and it has passed.
+    pub fn flush(&self, limit: Option<Duration>) -> io::Result<()> {
+        self.0.lock().hurry = true;
+        self.0.hurried.notify_all();
+        self.0
+            .wait_while(limit, |state| state.writing || !state.buffer.is_empty())
             .map(drop)
-    }
-
-    /// Writes what is left, and ends.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Lines::print`].
-    pub fn finish(mut self) -> io::Result<()> {
-        self.end();
-        self.flush()
-    }
-
-    fn end(&mut self) {
-        self.shared.lock().finished = true;
-        self.shared.changed.notify_all();
-        self.shared.hurried.notify_all();
-        if let Some(writer) = self.writer.take() {
-            // It does not panic; if it did, the lines are gone all the same.
-            let _ = writer.join();
-        }
     }
 }
 
-impl Drop for Lines {
-    fn drop(&mut self) {
-        self.end();
+impl State {
+    fn check(&self) -> io::Result<()> {
+        match &self.failed {
+            None => Ok(()),
+            Some(error) => Err(error
+                .raw_os_error()
+                .map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)),
+        }
     }
 }
 
@@ -125,43 +142,160 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while something is so, and nothing is broken.
+    fn append(&self, mut state: MutexGuard<'_, State>, line: &str) {
+        if state.buffer.is_empty() {
+            self.changed.notify_all();
+        }
+        state.buffer.extend_from_slice(line.as_bytes());
+        state.buffer.push(b'\n');
+    }
+
+    /// Waits while something is so, and nothing has failed.
     fn wait_while(
         &self,
-        mut is_so: impl FnMut(&State) -> bool,
+        limit: Option<Duration>,
+        is_so: impl Fn(&State) -> bool,
     ) -> io::Result<MutexGuard<'_, State>> {
-        let state = self
-            .changed
-            .wait_while(self.lock(), |state| state.broken.is_none() && is_so(state))
-            .unwrap_or_else(PoisonError::into_inner);
-        match state.broken {
-            Some(kind) => Err(kind.into()),
-            None => Ok(state),
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let mut state = self.lock();
+        loop {
+            state.check()?;
+            if !is_so(&state) {
+                return Ok(state);
+            }
+            state =
+                match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+                    None => self
+                        .changed
+                        .wait(state)
+                        .unwrap_or_else(PoisonError::into_inner),
+                    Some(Duration::ZERO) => return Err(ErrorKind::TimedOut.into()),
+                    Some(left) => {
+                        self.changed
+                            .wait_timeout(state, left)
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .0
+                    }
+                };
         }
     }
 
-    /// The writer: writes until there is nothing left and nothing to come.
-    fn write_all(&self) {
-        while let Ok(mut state) =
-            self.wait_while(|state| state.buffer.is_empty() && !state.finished)
-        {
-            if state.buffer.is_empty() {
-                return;
-            }
+    /// The writer. It goes on after a failure: there may be room on the disk again.
+    fn write_for_ever(&self, mut out: File) {
+        // Whether the last line written is only the beginning of one.
+        let mut torn = false;
+        loop {
+            let mut state = self
+                .changed
+                .wait_while(self.lock(), |state| state.buffer.is_empty())
+                .unwrap_or_else(PoisonError::into_inner);
             let lines = std::mem::take(&mut state.buffer);
+            let dropped = std::mem::take(&mut state.dropped);
             state.writing = true;
             drop(state);
-            let mut stdout = io::stdout().lock();
-            let written = stdout.write_all(&lines).and_then(|()| stdout.flush());
-            drop(stdout);
+
+            let done = self.write(&mut out, &mut torn, &lines, dropped);
+
             let mut state = self.lock();
             state.writing = false;
             state.hurry = false;
-            state.broken = written.err().map(|error| error.kind());
+            if let Err((lost, error)) = done {
+                state.dropped += lost;
+                state.failed.get_or_insert(error);
+            }
             self.changed.notify_all();
             let _ = self
                 .hurried
-                .wait_timeout_while(state, COLLECT, |state| !state.hurry && !state.finished);
+                .wait_timeout_while(state, COLLECT, |state| !state.hurry);
+        }
+    }
+
+    /// Writes lines, and how many are missing after them. An error tells how many are missing now.
+    fn write(
+        &self,
+        out: &mut File,
+        torn: &mut bool,
+        lines: &[u8],
+        dropped: u64,
+    ) -> Result<(), (u64, io::Error)> {
+        let count = |lines: &[u8]| lines.iter().filter(|&&byte| byte == b'\n').count() as u64;
+        if *torn {
+            write_all(out, b"\n").map_err(|(_, error)| (count(lines) + dropped, error))?;
+            *torn = false;
+        }
+        write_all(out, lines).map_err(|(written, error)| {
+            *torn = written > 0 && lines[written - 1] != b'\n';
+            (count(&lines[written..]) + dropped, error)
+        })?;
+        if dropped == 0 {
+            return Ok(());
+        }
+        let note = format!(" [!] {dropped} lines dropped: {} is not read\n", self.name);
+        write_all(out, note.as_bytes()).map_err(|(written, error)| {
+            *torn = written > 0;
+            (dropped, error)
+        })
+    }
+}
+
+/// Writes all of it; an error tells how much was written before.
+fn write_all(out: &mut impl Write, bytes: &[u8]) -> Result<(), (usize, io::Error)> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match out.write(&bytes[written..]) {
+            Ok(0) => return Err((written, ErrorKind::WriteZero.into())),
+            Ok(len) => written += len,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(RETRY_INTERVAL),
+            Err(error) => return Err((written, error)),
+        }
+    }
+    Ok(())
+}
+
+/// What is said when an answer cannot be written.
+pub const CANNOT_WRITE: &str = "cannot write to stdout";
+
+/// Writes a command's whole output. That nobody reads it any more is no error.
+pub fn print(output: &str) -> anyhow::Result<()> {
+    let lines = Lines::stdout()?;
+    let printed = lines.print(output.trim_end_matches('\n'));
+    match printed.and_then(|()| lines.flush(None)) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        done => done.context(CANNOT_WRITE),
+    }
+}
+
+/// Lines for stderr: the log, and why a command failed.
+pub mod stderr {
+    use super::*;
+
+    /// Without a thread to be had, nothing is said.
+    static LINES: LazyLock<io::Result<Lines>> =
+        LazyLock::new(|| Lines::start("stderr", io::stderr().as_fd()));
+
+    /// A line that is worth no wait.
+    pub fn offer(line: &str) {
+        if let Ok(lines) = &*LINES {
+            let _ = lines.offer(line);
+        }
+    }
+
+    /// A line that is as good as an answer: waits for whoever reads it.
+    pub fn print(line: &str) {
+        if let Ok(lines) = &*LINES {
+            // What has failed once may work again; who has closed stderr does not want to know.
+            if lines.print(line).is_err() {
+                let _ = lines.offer(line);
+            }
+            let _ = lines.flush(None);
+        }
+    }
+
+    /// Waits until all lines so far are written, at most for so long.
+    pub fn flush(limit: Duration) {
+        if let Ok(lines) = &*LINES {
+            let _ = lines.flush(Some(limit));
         }
     }
 }

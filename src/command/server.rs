@@ -1,10 +1,11 @@
 //! `fibrpc server`: the tutorial's server.
 
 use crate::command::cli::{Algorithm, Global, ServerArgs, ServerPlan};
-use crate::command::lines::Lines;
+use crate::command::lines::{LAST_LINES, Lines};
 use crate::command::signals::on_first_signal;
 use crate::fib::{self, parse_n};
 use fibrpc::{Error, Request};
+use std::io::ErrorKind;
 use std::process::ExitCode;
 use std::sync::{Arc, Once};
 
@@ -17,18 +18,21 @@ pub fn server(args: ServerArgs, global: &Global) -> anyhow::Result<ExitCode> {
         quiet,
     } = args.plan(global)?;
     let stopper = server.stopper();
-    on_first_signal(move || stopper.stop())?;
-    let lines = Arc::new(Lines::start()?);
-    let announced = Arc::new(Announced(Once::new()));
+    // How long the drain may take is the library's affair.
+    on_first_signal(None, move || stopper.stop())?;
+    let output = Arc::new(Output {
+        lines: Lines::stdout()?,
+        announced: Once::new(),
+        complained: Once::new(),
+    });
     let handler = {
-        let (lines, announced) = (Arc::clone(&lines), Arc::clone(&announced));
+        let output = Arc::clone(&output);
         move |request: &Request| {
             // The first request may be quicker than the thread that waits for the start.
-            announced.once(&lines);
+            output.announce();
             let n = parse_n(request.body(), max_n)?;
             if !quiet {
-                // A server goes on when nobody reads its output any more.
-                let _ = lines.print(&format!(" [.] fib({n})"));
+                output.print(&format!(" [.] fib({n})"));
             }
             let result = match algorithm {
                 Algorithm::Recursive => u128::from(fib::recursive(n)),
@@ -40,11 +44,11 @@ pub fn server(args: ServerArgs, global: &Global) -> anyhow::Result<ExitCode> {
         }
     };
     let served = server.start(handler).and_then(|serving| {
-        announced.once(&lines);
+        output.announce();
         serving.wait()
     });
-    // Workers may be left behind with their clones, so this is not the end of the lines.
-    let _ = lines.flush();
+    // Whoever reads them had the time of the drain.
+    let _ = output.lines.flush(Some(LAST_LINES));
     match served {
         // Told to stop while it was still connecting.
         Err(Error::Stopped) => {}
@@ -60,17 +64,36 @@ pub fn server(args: ServerArgs, global: &Global) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether it was said that the server is ready.
-struct Announced(Once);
+/// The lines of a server. They are a courtesy: it goes on when nobody reads them, or when the disk
+/// is full that they go to.
+struct Output {
+    lines: Lines,
+    /// Whether it was said that the server is ready.
+    announced: Once,
+    /// Whether it was said that the lines cannot be written.
+    complained: Once,
+}
 
-impl Announced {
-    fn once(&self, lines: &Lines) {
-        self.0.call_once(|| {
-            let _ = lines.print(" [x] Awaiting RPC requests");
+impl Output {
+    fn announce(&self) {
+        self.announced.call_once(|| {
+            self.print(" [x] Awaiting RPC requests");
             // To systemd, if it has started us and wants to know.
             if let Err(error) = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]) {
                 log::warn!("cannot tell systemd that the server is ready: {error}");
             }
         });
+    }
+
+    fn print(&self, line: &str) {
+        match self.lines.offer(line) {
+            // Whoever closes stdout wants no lines.
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                self.complained.call_once(|| {
+                    log::warn!("cannot write to stdout: {error}; the server goes on without");
+                })
+            }
+            _ => {}
+        }
     }
 }

@@ -1,20 +1,37 @@
 //! SIGINT and SIGTERM.
 
 use crate::command::exit::INTERRUPTED;
+use crate::command::lines::stderr;
 use anyhow::Context;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use std::time::Duration;
 use std::{process, thread};
 
-/// Does something on the first SIGINT or SIGTERM; exits at once on the second.
-pub fn on_first_signal(action: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+/// How long a command whose output somebody is to read may take after the first signal to end.
+pub const GOODBYE_TIME: Duration = Duration::from_secs(2);
+
+/// How long the last words may take of a process that is to exit at once.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
+/// Does something on the first SIGINT or SIGTERM; exits at once on the second, and, if there is a
+/// limit, when the process has not ended by then: it may be waiting for who reads its output.
+pub fn on_first_signal(
+    limit: Option<Duration>,
+    action: impl FnOnce() + Send + 'static,
+) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot listen for signals")?;
     let listen = move || {
         let mut action = Some(action);
         for _ in signals.forever() {
             match action.take() {
-                Some(action) => action(),
-                None => process::exit(i32::from(INTERRUPTED)),
+                Some(action) => {
+                    action();
+                    if let Some(limit) = limit {
+                        exit_after(limit);
+                    }
+                }
+                None => exit(),
             }
         }
     };
@@ -23,4 +40,21 @@ pub fn on_first_signal(action: impl FnOnce() + Send + 'static) -> anyhow::Result
         .name("fibrpc-signals".to_owned())
         .spawn(listen)?;
     Ok(())
+}
+
+fn exit_after(limit: Duration) {
+    let last = move || {
+        thread::sleep(limit);
+        stderr::offer("error: interrupted; nobody reads the output");
+        exit();
+    };
+    // Owned by nobody; it ends with the process. Without it, there is still the second signal.
+    let _ = thread::Builder::new()
+        .name("fibrpc-signals".to_owned())
+        .spawn(last);
+}
+
+fn exit() -> ! {
+    stderr::flush(LAST_WORDS);
+    process::exit(i32::from(INTERRUPTED))
 }

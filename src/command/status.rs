@@ -2,6 +2,7 @@
 
 use crate::command::cli::{Global, ReportKind, StatusArgs};
 use crate::command::exit::NO_SERVER;
+use crate::command::lines;
 use fibrpc::{Error, Status};
 use serde::Serialize;
 use std::process::ExitCode;
@@ -23,31 +24,39 @@ pub fn status(args: &StatusArgs, global: &Global) -> anyhow::Result<ExitCode> {
             }
         })?;
     let queue = status.queue.unwrap_or_default();
-    match args.output {
-        ReportKind::Json => {
-            let report = JsonReport {
-                broker: &status.broker,
-                queue: &global.queue,
-                exists: status.queue.is_some(),
-                consumers: queue.consumers,
-                ready: queue.ready,
-                rtt_ms: status.round_trip.as_micros() as f64 / 1000.0,
-            };
-            println!("{}", serde_json::to_string(&report)?);
-        }
+    let text = match args.output {
+        ReportKind::Json => serde_json::to_string(&JsonReport {
+            broker: &status.broker,
+            queue: &global.queue,
+            exists: status.queue.is_some(),
+            consumers: queue.consumers,
+            ready: queue.ready,
+            rtt_ms: status.round_trip.as_micros() as f64 / 1000.0,
+        })?,
         ReportKind::Text => {
-            println!("broker      {}", status.broker);
-            println!("node        {}", status.node);
-            println!("connection  {}", status.connection);
-            match status.queue {
-                Some(_) => println!("queue       {}", global.queue),
-                None => println!("queue       {} does not exist", global.queue),
-            }
-            println!("consumers   {}", queue.consumers);
-            println!("ready       {} requests wait for a consumer", queue.ready);
-            println!("round trip  {:.2?}", status.round_trip);
+            let missing = match status.queue {
+                Some(_) => "",
+                None => " does not exist",
+            };
+            format!(
+                "broker      {}\n\
+                 node        {}\n\
+                 connection  {}\n\
+                 queue       {}{missing}\n\
+                 consumers   {}\n\
+                 ready       {} requests wait for a consumer\n\
+                 round trip  {:.2?}",
+                status.broker,
+                status.node,
+                status.connection,
+                global.queue,
+                queue.consumers,
+                queue.ready,
+                status.round_trip
+            )
         }
-    }
+    };
+    lines::print(&text)?;
     Ok(match queue.consumers {
         0 => ExitCode::from(NO_SERVER),
         _ => ExitCode::SUCCESS,
