@@ -3,7 +3,7 @@
 use crate::amqp::frame::{Properties, Publish, put_publish};
 use crate::amqp::inbox::Inbox;
 use crate::amqp::incoming::Incoming;
-use crate::amqp::outbox::Outbox;
+use crate::amqp::outbox::{LARGE_MIN, NotSent, Outbox};
 use crate::client::correlation::CorrelationId;
 use crate::message::headers::Headers;
 use crate::message::{MESSAGE_MAX, TEXT_PLAIN, check_content_type, check_queue_name};
@@ -58,13 +58,62 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Appends a request's frames. To be called with the outbox locked: so a channel that nothing
-    /// is published on any more can be closed.
-    pub fn encode(
+    /// Sends a request if there is room. To `collect`, it is appended to what is sent next, unless
+    /// it is large.
+    ///
+    /// # Errors
+    ///
+    /// The backlog is full, or the connection dead.
+    pub fn send(
         &self,
         id: CorrelationId,
         request: &OutgoingRequest,
         deadline: Instant,
+        collect: bool,
+    ) -> Result<(), NotSent> {
+        let publishes_on = || self.publishes_on.load(Ordering::Relaxed);
+        // The channel is looked up with the outbox locked: so one that nothing is published on any
+        // more can be closed.
+        let encode = |out: &mut Vec<u8>| self.encode(id, request, deadline, publishes_on(), out);
+        if request.body.len() >= LARGE_MIN {
+            return self.send_large(id, request, deadline);
+        }
+        if !collect {
+            return self.outbox.try_send(encode);
+        }
+        if self.outbox.try_append(encode)? {
+            self.outbox.flush();
+        }
+        Ok(())
+    }
+
+    /// Encodes without the outbox locked; anew if the channel has changed meanwhile.
+    fn send_large(
+        &self,
+        id: CorrelationId,
+        request: &OutgoingRequest,
+        deadline: Instant,
+    ) -> Result<(), NotSent> {
+        let publishes_on = || self.publishes_on.load(Ordering::Relaxed);
+        loop {
+            let channel = publishes_on();
+            let encode = |out: &mut Vec<u8>| self.encode(id, request, deadline, channel, out);
+            let sent = self
+                .outbox
+                .try_send_large(encode, || publishes_on() == channel);
+            if sent != Err(NotSent::Outdated) {
+                return sent;
+            }
+        }
+    }
+
+    /// Appends a request's frames.
+    fn encode(
+        &self,
+        id: CorrelationId,
+        request: &OutgoingRequest,
+        deadline: Instant,
+        channel: u16,
         out: &mut Vec<u8>,
     ) {
         let correlation_id = id.to_string();
@@ -86,6 +135,6 @@ impl Link {
             },
             body: &request.body,
         };
-        put_publish(out, self.publishes_on.load(Ordering::Relaxed), &message);
+        put_publish(out, channel, &message);
     }
 }

@@ -200,17 +200,9 @@ impl Shared {
         let look = pending.resend.time().is_some_and(|at| state.look_at(at));
         state.pending.insert(id, pending);
         drop(state);
-        let sent = link.as_ref().is_some_and(|link| {
-            let encode = |out: &mut Vec<u8>| link.encode(id, &request, deadline, out);
-            if !collect {
-                return link.outbox.try_send(encode).is_ok();
-            }
-            let appended = link.outbox.try_append(encode);
-            if appended == Ok(true) {
-                link.outbox.flush();
-            }
-            appended.is_ok()
-        });
+        let sent = link
+            .as_ref()
+            .is_some_and(|link| link.send(id, &request, deadline, collect).is_ok());
         if !sent {
             self.is_unsent(id, generation);
         }

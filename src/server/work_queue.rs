@@ -5,7 +5,7 @@
 
 use crate::amqp::inbox::{Inbox, Lead, READ_TIME_MAX, Sink};
 use crate::amqp::incoming::{Delivery, Incoming};
-use crate::amqp::outbox::{APPENDED_MAX, Outbox};
+use crate::amqp::outbox::{APPENDED_MAX, LARGE_MIN, Outbox};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::Down;
 use crossbeam_channel::Sender;
@@ -167,7 +167,11 @@ impl WorkQueue {
             Some(Err(_)) | None => {
                 drop(state);
                 // A dead connection is known by other ways, and its requests are given to others.
-                let _ = session.outbox.send(None, &encode);
+                let _ = if len >= LARGE_MIN {
+                    session.outbox.send_large(None, &encode, || true)
+                } else {
+                    session.outbox.send(None, &encode)
+                };
                 state = self.lock();
             }
         }

@@ -12,6 +12,7 @@ mod fib;
 mod hostile;
 mod interop;
 mod rpc;
+mod slow;
 mod support;
 #[cfg(feature = "tls")]
 mod tls;
