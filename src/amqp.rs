@@ -11,6 +11,7 @@ pub(crate) mod error; // what goes wrong, in our words
 pub(crate) mod frame; // the frames that we write; pure
 pub(crate) mod incoming; // the frames that we read; pure
 
+pub(crate) mod backlog; // what waits to be written; pure
 pub(crate) mod inbox; // who reads the socket
 pub(crate) mod outbox; // who writes it
 #[cfg(feature = "tls")]

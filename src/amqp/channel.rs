@@ -5,7 +5,7 @@
 //! connection's sink or by whoever reads.
 
 use crate::amqp::frame::{put_close, put_close_ok};
-use crate::amqp::outbox::Outbox;
+use crate::amqp::outbox::{LARGE_MIN, NotSent, Outbox};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -37,15 +37,54 @@ impl Channel {
         self.id
     }
 
-    /// What goes out on it goes by this.
-    pub fn outbox(&self) -> &Outbox {
-        &self.outbox
-    }
-
     /// Whether more may be sent on it. To be called with the outbox locked, in the closure that
     /// appends: only there it holds until the frames are in their place.
     pub fn is_open(&self) -> bool {
         self.open.load(Ordering::Relaxed)
+    }
+
+    /// Sends the frames that `encode` appends for the channel of that number, with a body of `len`
+    /// bytes; waits for room. A large body is encoded without the outbox locked.
+    ///
+    /// # Errors
+    ///
+    /// The channel is closed ([`NotSent::Outdated`]), or the connection dead.
+    pub fn send(&self, len: usize, encode: impl FnOnce(&mut Vec<u8>, u16)) -> Result<(), NotSent> {
+        if len >= LARGE_MIN {
+            let check = || self.is_open();
+            return self
+                .outbox
+                .send_large(None, |out| encode(out, self.id), check);
+        }
+        let mut is_open = false;
+        self.outbox.send(None, |out| {
+            is_open = self.is_open();
+            if is_open {
+                encode(out, self.id);
+            }
+        })?;
+        is_open.then_some(()).ok_or(NotSent::Outdated)
+    }
+
+    /// Takes such frames to leave with whatever is sent next, as [`Outbox::try_append`] does.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Channel::send`], or there is no room.
+    pub fn try_append(&self, encode: impl FnOnce(&mut Vec<u8>, u16)) -> Result<bool, NotSent> {
+        let mut is_open = false;
+        let enough = self.outbox.try_append(|out| {
+            is_open = self.is_open();
+            if is_open {
+                encode(out, self.id);
+            }
+        })?;
+        is_open.then_some(enough).ok_or(NotSent::Outdated)
+    }
+
+    /// Sends what was appended.
+    pub fn flush(&self) {
+        self.outbox.flush();
     }
 
     /// Sends the frames that `encode` appends for the channel of that number, whether there is room

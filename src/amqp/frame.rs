@@ -170,6 +170,10 @@ pub(crate) fn put_publish(out: &mut Vec<u8>, channel: u16, message: &Publish<'_>
         out.extend_from_slice(&(message.body.len() as u64).to_be_bytes());
         put_properties(out, &message.properties);
     });
+    // Once, and not by doubling: a large message is in memory once more, and no more than that. An
+    // acknowledgement may follow.
+    let frames = message.body.len().div_ceil(BODY_PAYLOAD_MAX);
+    out.reserve(message.body.len() + frames * OVERHEAD + 2 * OVERHEAD);
     for chunk in message.body.chunks(BODY_PAYLOAD_MAX) {
         put_frame(out, BODY, channel, |out| out.extend_from_slice(chunk));
     }

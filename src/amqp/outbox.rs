@@ -2,14 +2,16 @@
 //!
 //! So sending costs no hop to another thread. What others append while one thread writes leaves
 //! with the next write: the busier the connection, the fewer the system calls (a pattern known as
-//! flat combining). When the socket is full, the rest is left to amiquip's I/O thread, which is
-//! woken when there is room.
+//! flat combining). A sender writes for a few milliseconds only. When that turn is over, or the
+//! socket full, the rest is handed over to amiquip's I/O thread, which writes some of it whenever
+//! there is room, and reads in between.
 
+use crate::amqp::backlog::Backlog;
 use crate::amqp::sync::{Watchdog, lock};
-use crate::amqp::transport::{Down, Transport};
+use crate::amqp::transport::{Down, Transport, Written};
 use mio::unix::EventedFd;
 use mio::{Events, Poll, PollOpt, Ready, Token};
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,8 +25,16 @@ const BACKLOG_MAX: usize = 1 << 20;
 /// How much is worth a write of its own, in bytes.
 pub(crate) const APPENDED_MAX: usize = 16 << 10;
 
-/// A buffer that a large message has grown beyond this is given back, in bytes.
-const BUFFER_KEPT_MAX: usize = 1 << 20;
+/// A message with a body of this size, in bytes, or more is large: its sender encodes it without
+/// the lock that all senders need, into a buffer of its own. A smaller one is cheaper to append: to
+/// encode this much takes about as long as to wake a thread.
+pub(crate) const LARGE_MIN: usize = 64 << 10;
+
+/// How long a sender goes on writing, for itself and others, before it hands over.
+const TURN_TIME: Duration = Duration::from_millis(5);
+
+/// How much is written at a time, in bytes: in a fraction of a millisecond, if the broker reads.
+const WRITE_LEN: usize = 512 << 10;
 
 /// Why frames were not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +43,8 @@ pub(crate) enum NotSent {
     Full,
     /// The connection is dead.
     Down,
+    /// The sender's own check has failed.
+    Outdated,
 }
 
 /// Our end of the socket: the way out.
@@ -40,11 +52,11 @@ pub(crate) struct Outbox {
     state: Mutex<State>,
     /// The backlog has shrunk, or the connection is dead.
     room: Condvar,
-    /// Whether the socket was full, so that the I/O thread is to write the rest. Beside the
-    /// state, so that each read costs a load and not a lock.
-    stalled: AtomicBool,
-    /// Becomes readable when a stalled socket has room again. A field before `socket`, which it
-    /// watches, so that it is dropped first.
+    /// Whether what waits is the I/O thread's to write; others only append meanwhile. Changed with
+    /// the state locked. Beside the state, so that each read costs a load and not a lock.
+    handed_over: AtomicBool,
+    /// Becomes readable when the socket has room for what was handed over. A field before
+    /// `watched`, which it watches, so that it is dropped first.
     writable: Poll,
     /// Another descriptor of the socket, because one can be in a poll only once.
     watched: TcpStream,
@@ -53,11 +65,8 @@ pub(crate) struct Outbox {
 
 #[derive(Default)]
 struct State {
-    /// Whole frames, not yet written; but the first may have begun to leave.
-    queue: Vec<u8>,
-    /// An empty buffer to take the queue's place while that is being written.
-    spare: Vec<u8>,
-    /// Whether a thread is writing; it goes on until the queue is empty.
+    backlog: Backlog,
+    /// Whether a thread is writing; it goes on until the backlog is empty, or hands over.
     writing: bool,
     /// How many threads wait for room. Waking none would still be a system call.
     waiting: usize,
@@ -73,7 +82,7 @@ impl Outbox {
         let outbox = Outbox {
             state: Mutex::default(),
             room: Condvar::new(),
-            stalled: AtomicBool::new(false),
+            handed_over: AtomicBool::new(false),
             writable: Poll::new()?,
             watched: transport.socket().try_clone()?,
             transport,
@@ -94,14 +103,35 @@ impl Outbox {
     }
 
     /// Sends the frames that `encode` appends, or leaves them to the thread that is writing. Does
-    /// not wait for room.
+    /// not wait for room. `encode` is called with the lock held: for a few small frames.
     ///
     /// # Errors
     ///
     /// The backlog is full, or the connection dead; then `encode` has not been called.
     pub fn try_send(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), NotSent> {
+        let mut state = self.lock_with_room()?;
+        state.backlog.append(encode);
+        self.write(state, TURN_TIME);
+        Ok(())
+    }
+
+    /// Sends like [`Outbox::try_send`], but calls `encode` without the lock: for a large message.
+    /// `check` is called with the lock held, before the message is appended: for what may have
+    /// changed meanwhile, or must not change any more.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Outbox::try_send`]; or `check` was false.
+    pub fn try_send_large(
+        &self,
+        encode: impl FnOnce(&mut Vec<u8>),
+        check: impl FnOnce() -> bool,
+    ) -> Result<(), NotSent> {
+        // In vain if somebody else takes the room meanwhile, but not if there is none.
+        drop(self.lock_with_room()?);
+        let frames = self.encoded(encode);
         let state = self.lock_with_room()?;
-        self.push(state, encode).map_err(|Down| NotSent::Down)
+        self.push(state, frames, check)
     }
 
     /// Takes the frames that `encode` appends, to leave with whatever is sent next, and writes
@@ -113,21 +143,20 @@ impl Outbox {
     /// As of [`Outbox::try_send`].
     pub fn try_append(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<bool, NotSent> {
         let mut state = self.lock_with_room()?;
-        encode(&mut state.queue);
-        Ok(state.queue.len() >= APPENDED_MAX)
+        state.backlog.append(encode);
+        Ok(state.backlog.len() >= APPENDED_MAX)
     }
 
     /// Sends what was appended.
     pub fn flush(&self) {
-        // A dead connection is known to everyone by other ways.
-        let _ = self.push(self.lock(), |_| {});
+        self.write(self.lock(), TURN_TIME);
     }
 
     fn lock_with_room(&self) -> Result<MutexGuard<'_, State>, NotSent> {
         let state = self.lock();
         if state.down {
             Err(NotSent::Down)
-        } else if state.queue.len() >= BACKLOG_MAX {
+        } else if state.backlog.len() >= BACKLOG_MAX {
             Err(NotSent::Full)
         } else {
             Ok(state)
@@ -141,10 +170,18 @@ impl Outbox {
     ///
     /// The connection is dead.
     pub fn send_anyway(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), Down> {
-        self.push(self.lock(), encode)
+        let mut state = self.lock();
+        if state.down {
+            return Err(Down);
+        }
+        state.backlog.append(encode);
+        self.write(state, TURN_TIME);
+        Ok(())
     }
 
     /// Sends like [`Outbox::try_send`], but waits for room until the deadline, if there is one.
+    /// Here a large message that has begun to leave takes none: what is done, as a reply is, has
+    /// nothing to lose by standing behind it.
     ///
     /// # Errors
     ///
@@ -154,8 +191,26 @@ impl Outbox {
         deadline: Option<Instant>,
         encode: impl FnOnce(&mut Vec<u8>),
     ) -> Result<(), NotSent> {
-        let state = self.lock_when_there_is_room(deadline)?;
-        self.push(state, encode).map_err(|Down| NotSent::Down)
+        let mut state = self.lock_when_there_is_room(deadline, Backlog::behind)?;
+        state.backlog.append(encode);
+        self.write(state, TURN_TIME);
+        Ok(())
+    }
+
+    /// Sends like [`Outbox::send`], with `encode` and `check` as of [`Outbox::try_send_large`].
+    ///
+    /// # Errors
+    ///
+    /// The deadline has passed, the connection is dead, or `check` was false.
+    pub fn send_large(
+        &self,
+        deadline: Option<Instant>,
+        encode: impl FnOnce(&mut Vec<u8>),
+        check: impl FnOnce() -> bool,
+    ) -> Result<(), NotSent> {
+        let frames = self.encoded(encode);
+        let state = self.lock_when_there_is_room(deadline, Backlog::behind)?;
+        self.push(state, frames, check)
     }
 
     /// Waits for room until the deadline, if there is one. Somebody else may take it.
@@ -164,15 +219,18 @@ impl Outbox {
     ///
     /// The deadline has passed, or the connection is dead.
     pub fn wait_for_room(&self, deadline: Option<Instant>) -> Result<(), NotSent> {
-        self.lock_when_there_is_room(deadline).map(drop)
+        self.lock_when_there_is_room(deadline, Backlog::len)
+            .map(drop)
     }
 
+    /// Waits until what `waits` counts of the backlog is less than [`BACKLOG_MAX`].
     fn lock_when_there_is_room(
         &self,
         deadline: Option<Instant>,
+        waits: fn(&Backlog) -> usize,
     ) -> Result<MutexGuard<'_, State>, NotSent> {
         let mut state = self.lock();
-        while state.queue.len() >= BACKLOG_MAX && !state.down {
+        while waits(&state.backlog) >= BACKLOG_MAX && !state.down {
             let left = deadline.map_or(Duration::MAX, |at| {
                 at.saturating_duration_since(Instant::now())
             });
@@ -202,6 +260,10 @@ impl Outbox {
             state.down = true;
             self.transport.shut_down();
             self.room.notify_all();
+            // Nobody writes that any more; it is freed without the lock.
+            let backlog = std::mem::take(&mut state.backlog);
+            drop(state);
+            drop(backlog);
         }
     }
 
@@ -211,108 +273,102 @@ impl Outbox {
         Watchdog::start(time, move || outbox.abort())
     }
 
-    /// Writes what a full socket had stopped, if anything. Called by the I/O thread.
+    /// Writes for a turn if something was handed over and there is room for it. Called by the I/O
+    /// thread, for whatever reason it is awake.
     pub fn resume(&self) {
-        if self.stalled.load(Ordering::Acquire) {
-            // Take the event, so that the next one is news.
-            let _ = self
-                .writable
-                .poll(&mut Events::with_capacity(1), Some(Duration::ZERO));
+        // The watch is armed after the hand-over is known, so who sees it fire sees that, too. Once
+        // it has fired and that is taken, it is not armed, and `hand_over` can arm it again.
+        if self.handed_over.load(Ordering::Acquire) && self.has_fired() {
             let state = self.lock();
-            self.stalled.store(false, Ordering::Release);
-            // A failure is known to everyone by `down`; the read that follows sees it as well.
-            let _ = self.push(state, |_| {});
+            self.handed_over.store(false, Ordering::Release);
+            // One write, and then it has to see what else there is to do.
+            self.write(state, Duration::ZERO);
         }
     }
 
-    fn push<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-        encode: impl FnOnce(&mut Vec<u8>),
-    ) -> Result<(), Down> {
-        if state.down {
-            return Err(Down);
+    /// Whether the watch has fired; if so, that is taken.
+    fn has_fired(&self) -> bool {
+        let fired = self
+            .writable
+            .poll(&mut Events::with_capacity(1), Some(Duration::ZERO));
+        matches!(fired, Ok(count) if count > 0)
+    }
+
+    /// The frames that `encode` makes, without the lock.
+    fn encoded(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+        let mut frames = self.lock().backlog.take_spare();
+        encode(&mut frames);
+        frames
+    }
+
+    fn push(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        frames: Vec<u8>,
+        check: impl FnOnce() -> bool,
+    ) -> Result<(), NotSent> {
+        if !check() {
+            drop(state); // before the frames, which takes time
+            return Err(NotSent::Outdated);
         }
-        encode(&mut state.queue);
-        if !state.queue.is_empty() && !state.writing && !self.stalled.load(Ordering::Acquire) {
-            state.writing = true;
-            self.write_out(state);
-        }
+        state.backlog.push(frames);
+        self.write(state, TURN_TIME);
         Ok(())
     }
 
-    /// Writes until the queue is empty or the socket full. The lock is not held while writing.
-    fn write_out<'a>(&'a self, mut state: MutexGuard<'a, State>) {
-        while !state.queue.is_empty() && !state.down {
-            let spare = std::mem::take(&mut state.spare);
-            let mut frames = std::mem::replace(&mut state.queue, spare);
-            drop(state);
-            let (written, result) = self.write(&frames);
-            state = self.lock();
-            frames.drain(..written);
-            if frames.is_empty() {
-                if frames.capacity() <= BUFFER_KEPT_MAX {
-                    state.spare = frames;
-                }
-            } else {
-                // What is left goes before what has been appended meanwhile.
-                frames.append(&mut state.queue);
-                state.queue = frames;
-            }
-            match result {
-                Ok(()) => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    self.stall();
-                    break;
-                }
-                Err(_) => {
-                    state.writing = false;
-                    drop(state);
-                    self.abort();
-                    return;
-                }
-            }
-        }
-        state.writing = false;
-        if state.waiting > 0 && state.queue.len() < BACKLOG_MAX {
-            self.room.notify_all();
+    /// Writes for a turn of that time, or a little longer, unless that is somebody else's to do.
+    fn write(&self, mut state: MutexGuard<'_, State>, time: Duration) {
+        let is_ours = !state.writing && !self.handed_over.load(Ordering::Acquire);
+        if is_ours && !state.backlog.is_empty() {
+            state.writing = true;
+            self.write_for(time, state);
         }
     }
 
-    /// Leaves the rest to the I/O thread, which is woken when there is room. The state is locked.
-    fn stall(&self) {
-        self.stalled.store(true, Ordering::Release);
-        let socket = self.watched.as_raw_fd();
-        // Anew, because one that has fired and was not taken would not fire again.
-        let armed = self
-            .writable
-            .deregister(&EventedFd(&socket))
-            .and_then(|()| {
-                self.writable.register(
-                    &EventedFd(&socket),
-                    Token(0),
-                    Ready::writable(),
-                    PollOpt::edge() | PollOpt::oneshot(),
-                )
-            });
+    /// Writes until nothing is left, the socket is full, or the turn is over. The lock is not held
+    /// while writing.
+    fn write_for<'a>(&'a self, time: Duration, mut state: MutexGuard<'a, State>) {
+        let over_at = Instant::now() + time;
+        while let Some(mut chunk) = state.backlog.take() {
+            drop(state);
+            let left = chunk.left();
+            let written = self.transport.write(&left[..left.len().min(WRITE_LEN)]);
+            let Ok(Written { len, full }) = written else {
+                // Known to everyone by `down`; whoever reads sees it as well.
+                return self.abort();
+            };
+            chunk.advance(len);
+            state = self.lock();
+            if state.down {
+                drop(state); // before the chunk
+                return;
+            }
+            state.backlog.put_back(chunk, len);
+            if state.waiting > 0 && state.backlog.behind() < BACKLOG_MAX {
+                self.room.notify_all();
+            }
+            if full || !state.backlog.is_empty() && Instant::now() >= over_at {
+                self.hand_over();
+                break;
+            }
+        }
+        state.writing = false;
+    }
+
+    /// Leaves what waits to the I/O thread, which is woken when there is room: at once, if there
+    /// is. The state is locked.
+    fn hand_over(&self) {
+        self.handed_over.store(true, Ordering::Release);
+        let armed = self.writable.reregister(
+            &EventedFd(&self.watched.as_raw_fd()),
+            Token(0),
+            Ready::writable(),
+            PollOpt::edge() | PollOpt::oneshot(),
+        );
         if let Err(error) = armed {
             log::warn!("cannot watch a full socket ({error}); closing it");
             self.transport.shut_down();
         }
-    }
-
-    /// Writes as much as goes; says how much that was and, if not all, why.
-    fn write(&self, frames: &[u8]) -> (usize, io::Result<()>) {
-        let mut written = 0;
-        while written < frames.len() {
-            match self.transport.write(&frames[written..]) {
-                Ok(0) => return (written, Err(ErrorKind::WriteZero.into())),
-                Ok(len) => written += len,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return (written, Err(error)),
-            }
-        }
-        (written, Ok(()))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -186,6 +186,8 @@ mod tests {
     use crate::amqp::incoming::Incoming;
     use crate::amqp::outbox::NotSent;
     use mio::{Events, Token};
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
     use std::net::{TcpListener, TcpStream};
     use std::thread;
     use std::time::Instant;
@@ -203,20 +205,12 @@ mod tests {
         )
     }
 
-    #[test]
-    fn what_a_full_socket_holds_back_follows_in_order_when_the_far_end_reads() {
-        let (opened, mut far) = pair();
-        let Opened {
-            stream,
-            outbox,
-            down,
-            ..
-        } = opened;
-        // The I/O thread's part: poll, and read when told to.
+    /// The I/O thread's part: polls, and reads when told to, until the connection ends.
+    fn start_io(stream: Stream) -> thread::JoinHandle<()> {
         let poll = Poll::new().unwrap();
         poll.register(&stream, Token(9), Ready::readable(), PollOpt::edge())
             .unwrap();
-        let io = thread::spawn(move || {
+        thread::spawn(move || {
             let mut stream = stream;
             let mut events = Events::with_capacity(8);
             loop {
@@ -228,10 +222,25 @@ mod tests {
                     Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
                 }
             }
-        });
+        })
+    }
+
+    #[test]
+    fn what_a_full_socket_holds_back_follows_in_order_when_the_far_end_reads() {
+        let (opened, mut far) = pair();
+        let Opened {
+            stream,
+            outbox,
+            down,
+            ..
+        } = opened;
+        let io = start_io(stream);
         let mut sent = 0_u32;
+        let at_once = Some(Instant::now());
         while outbox
-            .try_send(|out| out.extend((sent..sent + 1000).flat_map(u32::to_be_bytes)))
+            .send(at_once, |out| {
+                out.extend((sent..sent + 1000).flat_map(u32::to_be_bytes));
+            })
             .is_ok()
         {
             sent += 1000;
@@ -259,6 +268,116 @@ mod tests {
         drop(far);
         io.join().unwrap();
         assert!(down.recv().is_err());
+    }
+
+    #[test]
+    fn messages_leave_whole_in_order_and_once_however_senders_and_a_slow_reader_meet() {
+        const SENDERS: u8 = 4;
+        const MESSAGES: u32 = 150;
+        // Who, which, how long, and as many octets that differ from message to message.
+        fn put(out: &mut Vec<u8>, sender: u8, number: u32, len: usize) {
+            out.push(sender);
+            out.extend(number.to_be_bytes());
+            out.extend((len as u32).to_be_bytes());
+            out.resize(out.len() + len, number as u8 ^ sender);
+        }
+        let (opened, mut far) = pair();
+        far.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let Opened { stream, outbox, .. } = opened;
+        let io = start_io(stream);
+        let senders: Vec<_> = (0..SENDERS)
+            .map(|sender| {
+                let outbox = Arc::clone(&outbox);
+                thread::spawn(move || {
+                    let mut rng = StdRng::seed_from_u64(u64::from(sender));
+                    for number in 0..MESSAGES {
+                        let len = match rng.random_range(0..10) {
+                            0..6 => rng.random_range(0..300),
+                            6..9 => rng.random_range(0..200_000),
+                            _ => rng.random_range(0..3_000_000),
+                        };
+                        let encode = |out: &mut Vec<u8>| put(out, sender, number, len);
+                        let sent = match rng.random_range(0..4) {
+                            0 => outbox.send(None, encode),
+                            1 => outbox.send_large(None, encode, || true),
+                            2 => loop {
+                                match outbox.try_send_large(encode, || true) {
+                                    Err(NotSent::Full) => outbox.wait_for_room(None).unwrap(),
+                                    done => break done,
+                                }
+                            },
+                            _ => loop {
+                                match outbox.try_append(encode) {
+                                    Err(NotSent::Full) => outbox.wait_for_room(None).unwrap(),
+                                    done => {
+                                        outbox.flush();
+                                        break done.map(drop);
+                                    }
+                                }
+                            },
+                        };
+                        sent.unwrap();
+                    }
+                })
+            })
+            .collect();
+        let mut rng = StdRng::seed_from_u64(99);
+        let mut next = [0; SENDERS as usize];
+        for _ in 0..u32::from(SENDERS) * MESSAGES {
+            if rng.random_bool(0.05) {
+                thread::sleep(Duration::from_millis(rng.random_range(0..40)));
+            }
+            let mut head = [0; 9];
+            far.read_exact(&mut head).unwrap();
+            let sender = head[0];
+            let number = u32::from_be_bytes(head[1..5].try_into().unwrap());
+            let len = u32::from_be_bytes(head[5..].try_into().unwrap());
+            assert_eq!(number, next[usize::from(sender)]);
+            next[usize::from(sender)] += 1;
+            let mut octets = vec![0; len as usize];
+            far.read_exact(&mut octets).unwrap();
+            assert!(octets.iter().all(|octet| *octet == number as u8 ^ sender));
+        }
+        for sender in senders {
+            sender.join().unwrap();
+        }
+        drop(far);
+        io.join().unwrap();
+    }
+
+    #[test]
+    fn a_large_message_holds_its_sender_for_a_turn_and_the_lock_for_nothing() {
+        let (opened, mut far) = pair();
+        let Opened { stream, outbox, .. } = opened;
+        let io = start_io(stream);
+        let large = vec![1; 64 << 20];
+        // What has been sent cannot be taken back, and what is outdated is not sent.
+        let outdated = outbox.try_send_large(|out| out.push(9), || false);
+        assert_eq!(outdated, Err(NotSent::Outdated));
+        outbox.try_send(|out| out.push(0)).unwrap();
+        // Nobody reads: it returns all the same, and so does who comes after it.
+        outbox.try_send_large(|out| *out = large, || true).unwrap();
+        outbox.send(None, |out| out.push(2)).unwrap();
+        assert_eq!(outbox.try_send(|_| {}), Err(NotSent::Full));
+        // A second one waits for room behind that, and gets it before the first has left.
+        outbox
+            .send_large(None, |out| out.resize(2 << 20, 3), || true)
+            .unwrap();
+        let waiting = thread::spawn({
+            let outbox = Arc::clone(&outbox);
+            move || outbox.send(None, |out| out.push(4)).unwrap()
+        });
+        let mut octets = vec![0; 1 + (64 << 20) + 1];
+        far.read_exact(&mut octets).unwrap();
+        assert_eq!((octets[0], octets[1 + (64 << 20)]), (0, 2));
+        assert!(octets[1..=64 << 20].iter().all(|octet| *octet == 1));
+        // The second has begun to leave, so that there is room behind it.
+        waiting.join().unwrap();
+        far.read_exact(&mut octets[..2 << 20]).unwrap();
+        far.read_exact(&mut octets[..1]).unwrap();
+        assert_eq!(octets[0], 4);
+        drop(far);
+        io.join().unwrap();
     }
 
     #[test]

@@ -341,8 +341,9 @@ impl TlsStream {
         }
     }
 
-    /// Writes as of [`io::Write::write`]. After an error that is no end, the same bytes must be
-    /// given again: they are encrypted already.
+    /// Writes as of [`io::Write::write`]; [`ErrorKind::WouldBlock`] also when only a part of the
+    /// ciphertext has left. After an error that is no end, the same bytes must be given again: they
+    /// are encrypted already.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
         let outgoing = &mut *outgoing;
@@ -354,11 +355,12 @@ impl TlsStream {
                 session.write_tls(&mut outgoing.ciphertext)?;
             }
         }
-        while outgoing.written < outgoing.ciphertext.len() {
-            match (&self.socket).write(&outgoing.ciphertext[outgoing.written..])? {
-                0 => return Err(ErrorKind::WriteZero.into()),
-                len => outgoing.written += len,
-            }
+        match (&self.socket).write(&outgoing.ciphertext[outgoing.written..])? {
+            0 => return Err(ErrorKind::WriteZero.into()),
+            len => outgoing.written += len,
+        }
+        if outgoing.written < outgoing.ciphertext.len() {
+            return Err(ErrorKind::WouldBlock.into());
         }
         outgoing.ciphertext.clear();
         outgoing.written = 0;

@@ -3,13 +3,22 @@
 
 #[cfg(feature = "tls")]
 use crate::amqp::tls::TlsStream;
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 
 /// The connection is dead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Down;
+
+/// What came of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// How much was taken, in bytes.
+    pub len: usize,
+    /// Whether the socket takes no more now. What it did not take must be given again.
+    pub full: bool,
+}
 
 /// What carries the bytes.
 #[derive(Clone)]
@@ -37,13 +46,33 @@ impl Transport {
         }
     }
 
-    /// Writes as much as goes; says how much that was. One thread at a time may, and what was not
-    /// written must be given again.
-    pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Transport::Plain(socket) => (&**socket).write(bytes),
-            #[cfg(feature = "tls")]
-            Transport::Tls(stream) => stream.write(bytes),
+    /// Writes as much as goes, and waits for no longer than the socket is set to. One thread at a
+    /// time may, and what was not taken must be given again.
+    ///
+    /// # Errors
+    ///
+    /// The connection is dead.
+    pub fn write(&self, bytes: &[u8]) -> io::Result<Written> {
+        loop {
+            let written = match self {
+                Transport::Plain(socket) => (&**socket).write(bytes).map(|len| Written {
+                    len,
+                    full: len < bytes.len(),
+                }),
+                // It takes as much at a time as it encrypts at a time.
+                #[cfg(feature = "tls")]
+                Transport::Tls(stream) => {
+                    stream.write(bytes).map(|len| Written { len, full: false })
+                }
+            };
+            return match written {
+                Ok(Written { len: 0, .. }) => Err(ErrorKind::WriteZero.into()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    Ok(Written { len: 0, full: true })
+                }
+                done => done,
+            };
         }
     }
 

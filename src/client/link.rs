@@ -4,7 +4,7 @@ use crate::amqp::channel::Channel;
 use crate::amqp::frame::{Properties, Publish, put_publish};
 use crate::amqp::inbox::Inbox;
 use crate::amqp::incoming::{Confirm, Incoming};
-use crate::amqp::outbox::Outbox;
+use crate::amqp::outbox::{LARGE_MIN, NotSent, Outbox};
 use crate::amqp::sync::lock;
 use crate::client::correlation::CorrelationId;
 use crate::message::headers::Headers;
@@ -141,26 +141,93 @@ impl Link {
         self.unconfirmed.is_some()
     }
 
-    /// Appends a request's frames, and notes their place. To be called with the outbox locked. On
-    /// a closed channel it appends nothing, and returns `false`.
-    pub fn encode(
+    /// Sends a request if there is room. To `collect`, it is appended to what is sent next, unless
+    /// it is large.
+    ///
+    /// # Errors
+    ///
+    /// The backlog is full, the connection dead, or the channel closed.
+    pub fn send(
         &self,
         id: CorrelationId,
         outgoing: &Outgoing,
         deadline: Instant,
-        out: &mut Vec<u8>,
-    ) -> bool {
+        collect: bool,
+    ) -> Result<(), NotSent> {
+        if outgoing.request.body.len() >= LARGE_MIN {
+            return self.send_large(id, outgoing, deadline);
+        }
+        let mut place = None;
+        let encode = |out: &mut Vec<u8>| {
+            place = self.take_place(id, outgoing, None);
+            if let Some(place) = place {
+                self.encode(id, &outgoing.request, deadline, place.channel, out);
+            }
+        };
+        if !collect {
+            self.outbox.try_send(encode)?;
+        } else if self.outbox.try_append(encode)? {
+            self.outbox.flush();
+        }
+        place.map(drop).ok_or(NotSent::Outdated)
+    }
+
+    /// Encodes without the outbox locked; anew if the channel has changed meanwhile.
+    fn send_large(
+        &self,
+        id: CorrelationId,
+        outgoing: &Outgoing,
+        deadline: Instant,
+    ) -> Result<(), NotSent> {
+        loop {
+            let channel = self.channel().id();
+            let encode = |out: &mut Vec<u8>| {
+                self.encode(id, &outgoing.request, deadline, channel, out);
+            };
+            let check = || self.take_place(id, outgoing, Some(channel)).is_some();
+            let sent = self.outbox.try_send_large(encode, check);
+            if sent != Err(NotSent::Outdated) || self.channel().id() == channel {
+                return sent;
+            }
+        }
+    }
+
+    /// Gives a request its place on the channel, on that one if it is given; `None` if that is
+    /// closed, or another one is in its place. To be called with the outbox locked: so places are
+    /// in the order in which requests leave, and nothing is sent on a channel after it is closed.
+    fn take_place(
+        &self,
+        id: CorrelationId,
+        outgoing: &Outgoing,
+        channel: Option<u16>,
+    ) -> Option<Place> {
         let mut publishing = lock(&self.publishing);
-        if !publishing.channel.is_open() {
-            return false;
+        let is_other = channel.is_some_and(|channel| channel != publishing.channel.id());
+        if is_other || !publishing.channel.is_open() {
+            return None;
         }
         publishing.count += 1;
-        let (channel, number) = (publishing.channel.id(), publishing.count);
+        let place = Place {
+            channel: publishing.channel.id(),
+            number: publishing.count,
+        };
         drop(publishing);
-        outgoing.set_place(Place { channel, number });
+        outgoing.set_place(place);
         if let Some(unconfirmed) = &self.unconfirmed {
-            lock(unconfirmed).push_back((Place { channel, number }, id));
+            lock(unconfirmed).push_back((place, id));
         }
+        Some(place)
+    }
+
+    /// Appends a request's frames.
+    fn encode(
+        &self,
+        id: CorrelationId,
+        request: &OutgoingRequest,
+        deadline: Instant,
+        channel: u16,
+        out: &mut Vec<u8>,
+    ) {
         let correlation_id = id.to_string();
         // At least 1: a message that expires in 0 ms is only delivered to a consumer that is
         // waiting for it. At most what the broker accepts, 49 days.
@@ -168,7 +235,6 @@ impl Link {
             .saturating_duration_since(Instant::now())
             .as_millis();
         let expiration = left.clamp(1, u128::from(u32::MAX)).to_string();
-        let request = &outgoing.request;
         let message = Publish {
             routing_key: request.queue.as_bytes(),
             mandatory: true,
@@ -182,7 +248,6 @@ impl Link {
             body: &request.body,
         };
         put_publish(out, channel, &message);
-        true
     }
 
     /// What the broker has confirmed, or says that it has lost.

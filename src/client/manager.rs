@@ -12,6 +12,7 @@ use crate::amqp::frame::{
 };
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Incoming};
+use crate::amqp::outbox::NotSent;
 use crate::amqp::queue;
 use crate::amqp::sync::Never;
 use crate::amqp::time::{Backoff, FAR_FUTURE, after};
@@ -380,8 +381,9 @@ impl Manager {
                 {
                     return end;
                 }
-                self.send_unsent(link);
-                looked = Instant::now();
+                if self.send_unsent(link) {
+                    looked = Instant::now();
+                }
             }
             for queue in asked_after {
                 ask_after(queue, connection, &mut questions, link);
@@ -532,28 +534,27 @@ impl Manager {
         Ok(())
     }
 
-    /// Sends what is pending and was not sent on this link, as far as there is room.
-    fn send_unsent(&self, link: &Link) {
+    /// Sends what is pending and was not sent on this link. If there is no room for all of it, it
+    /// returns false after a short wait: it is to be called again at once, to wait on.
+    fn send_unsent(&self, link: &Link) -> bool {
         let unsent = self.shared.lock().unsent(link.generation);
         for id in unsent {
             let limit = after(Instant::now(), RETRY_INTERVAL);
-            if link.outbox.wait_for_room(Some(limit)).is_err() {
-                return; // there is more to do than to wait here
+            if let Err(error) = link.outbox.wait_for_room(Some(limit)) {
+                return error != NotSent::Full; // there is more to do than to wait here
             }
             let Some(unsent) = self.shared.lock().begin_sending(id, link) else {
                 continue; // its deadline has passed meanwhile
             };
-            let mut sent = false;
-            let encode = |out: &mut Vec<u8>| {
-                sent = link.encode(id, &unsent.outgoing, unsent.deadline, out);
-            };
-            if link.outbox.try_send(encode).is_err() || !sent {
-                return self.shared.is_unsent(id, link.generation);
+            if let Err(error) = link.send(id, &unsent.outgoing, unsent.deadline, false) {
+                self.shared.is_unsent(id, link.generation);
+                return error != NotSent::Full;
             }
             let again = u64::from(unsent.again);
             let stats = &self.shared.stats;
             stats.republished.fetch_add(again, Ordering::Relaxed);
         }
+        true
     }
 }
 

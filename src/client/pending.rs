@@ -270,19 +270,9 @@ impl Shared {
         let look = pending.due_once_sent().is_some_and(|at| state.look_at(at));
         state.pending.insert(id, pending);
         drop(state);
-        let sent = link.as_ref().is_some_and(|link| {
-            let mut sent = false;
-            let encode = |out: &mut Vec<u8>| sent = link.encode(id, &outgoing, deadline, out);
-            let taken = match collect {
-                true => link.outbox.try_append(encode).map(|enough| {
-                    if enough {
-                        link.outbox.flush();
-                    }
-                }),
-                false => link.outbox.try_send(encode),
-            };
-            taken.is_ok() && sent
-        });
+        let sent = link
+            .as_ref()
+            .is_some_and(|link| link.send(id, &outgoing, deadline, collect).is_ok());
         if !sent {
             self.is_unsent(id, generation);
         }

@@ -11,7 +11,7 @@ use crate::amqp::channel::Channel;
 use crate::amqp::frame::{Publish, put_ack, put_publish, put_qos};
 use crate::amqp::inbox::{Inbox, Lead, READ_TIME_MAX, Sink};
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Delivery, Incoming};
-use crate::amqp::outbox::{APPENDED_MAX, Outbox};
+use crate::amqp::outbox::{APPENDED_MAX, NotSent, Outbox};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::Down;
 use crate::message::MESSAGE_MAX;
@@ -298,20 +298,15 @@ impl WorkQueue {
                 state.suspects.sent(channel.id(), key, self.prefetch);
             }
             let on_trial = state.suspects.is_on_trial(key);
-            let mut sent = false;
-            let mut encode = |out: &mut Vec<u8>| {
-                sent = channel.is_open();
-                if !sent {
-                    return;
-                }
+            let encode = |out: &mut Vec<u8>, id: u16| {
                 if let Some(reply) = reply {
-                    put_publish(out, channel.id(), reply);
+                    put_publish(out, id, reply);
                 }
                 if let Some(tag) = tag {
-                    put_ack(out, channel.id(), tag);
+                    put_ack(out, id, tag);
                 }
                 if on_trial {
-                    put_qos(out, channel.id(), self.prefetch);
+                    put_qos(out, id, self.prefetch);
                 }
             };
             // Two workers, two requests that are quickly done: this worker has the first, and has
@@ -320,25 +315,29 @@ impl WorkQueue {
             // copied nor written under the lock that all workers need.
             let len = reply.map_or(0, |reply| reply.body.len());
             let leave = len < APPENDED_MAX && !state.backlog.is_empty() && state.woken > 0;
-            let appended = leave.then(|| channel.outbox().try_append(&mut encode));
+            let appended = match leave {
+                true => channel.try_append(encode),
+                false => Err(NotSent::Full),
+            };
             let result = match appended {
-                Some(Ok(false)) => Ok(()),
-                Some(Ok(true)) => {
+                Ok(false) => Ok(()),
+                Ok(true) => {
                     drop(state);
-                    channel.outbox().flush();
+                    channel.flush();
                     state = self.lock();
                     Ok(())
                 }
-                Some(Err(_)) | None => {
+                Err(NotSent::Full) => {
                     drop(state);
-                    let result = channel.outbox().send(None, &mut encode);
+                    let sent = channel.send(len, encode);
                     state = self.lock();
-                    result
+                    sent
                 }
+                Err(other) => Err(other),
             };
             // A dead connection is known by other ways, and its requests are given to others. A
             // channel that was closed meanwhile is forgotten by now.
-            if sent || result.is_err() {
+            if result != Err(NotSent::Outdated) {
                 break;
             }
         }

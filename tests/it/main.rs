@@ -13,6 +13,7 @@ mod hostile;
 mod interop;
 mod limits;
 mod rpc;
+mod slow;
 mod support;
 #[cfg(feature = "tls")]
 mod tls;
