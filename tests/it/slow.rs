@@ -1,32 +1,64 @@
 //! What a slow line does to us: a large message takes seconds to leave.
 
-use crate::support::{PATIENCE, SlowLine, client, eventually, local, unique, url};
-use fibrpc::{Error, HandlerError, Request, Server};
+use crate::support::{Caller, PATIENCE, SlowLine, client, eventually, local, unique, url};
+use fibrpc::{Calls, Error, HandlerError, Request, Server};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How much a line takes, in bytes a second.
-const RATE: usize = 2 << 20;
+/// A line that takes so much, in bytes a second, that a write always makes progress.
+const STEADY: usize = 50 << 20;
 
-/// A message that takes several seconds to leave: far longer than the kernel's buffers hide.
-const LARGE: usize = 15 << 20;
+/// A line that takes so little that the kernel's buffers are full.
+const FULL: usize = 10 << 20;
 
-fn leaving_time() -> Duration {
-    Duration::from_secs((LARGE / RATE) as u64)
+/// How long a line is still when a message begins to leave, for the message to be left to the I/O
+/// thread.
+const STILL: Duration = Duration::from_millis(100);
+
+/// A request that takes 2 s to leave by a steady line.
+const LARGE: usize = 100 << 20;
+const LEAVING_TIME: Duration = Duration::from_secs(2);
+
+/// Submits a large request; and when that began.
+fn submit_large<'c>(caller: &'c Caller, timeout: Duration) -> (Calls<'c, ()>, Instant) {
+    let request = caller.request().body(vec![b'1'; LARGE]);
+    let mut calls = caller.client.calls();
+    let began = Instant::now();
+    calls.submit((), request.timeout(timeout));
+    (calls, began)
 }
 
 #[test]
-fn a_large_request_holds_up_neither_its_sender_nor_its_deadline_nor_what_comes_back() {
-    let line = SlowLine::start(&url(), RATE);
+fn a_large_request_holds_neither_its_sender_nor_its_deadline() {
+    let line = SlowLine::start(&url(), STEADY, Duration::ZERO);
+    let queue = unique("slow-sender");
+    let _serving = local(&queue, |server| server.workers(1), |_| Ok("done"));
+    let caller = client(&line.url, &queue, PATIENCE);
+    caller.call("").unwrap();
+    let (calls, began) = submit_large(&caller, Duration::from_secs(1));
+    let took = began.elapsed();
+    assert!(took < LEAVING_TIME / 4, "{took:?}");
+    for answer in calls {
+        match answer.result {
+            Err(Error::Timeout { .. }) => {}
+            other => panic!("it cannot have left in time: {other:?}"),
+        }
+    }
+    let took = began.elapsed();
+    assert!(took < LEAVING_TIME * 3 / 4, "{took:?}");
+}
+
+#[test]
+fn answers_come_while_a_large_request_leaves() {
+    let line = SlowLine::start(&url(), STEADY, STILL);
     let queue = unique("slow-request");
     let (begun, told) = mpsc::channel();
     let work = move |request: &Request| {
         let _ = begun.send(());
         let time = std::str::from_utf8(request.body()).unwrap();
-        let time = time.parse().unwrap_or(0);
-        thread::sleep(Duration::from_millis(time));
+        thread::sleep(Duration::from_millis(time.parse().unwrap_or(0)));
         Ok("done")
     };
     let _serving = local(&queue, |server| server.workers(3), work);
@@ -38,35 +70,17 @@ fn a_large_request_holds_up_neither_its_sender_nor_its_deadline_nor_what_comes_b
         call
     };
     // The first one reads for both, and leaves. Then nobody reads but the I/O thread.
-    let first = call("500");
-    let second = call("1500");
-    let large = caller.request().body(vec![b'1'; LARGE]);
-    let mut calls = caller.client.calls();
-    let began = Instant::now();
-    calls.submit((), large.timeout(Duration::from_secs(2)));
-    assert!(
-        began.elapsed() < leaving_time() / 4,
-        "{:?}",
-        began.elapsed()
-    );
+    let (first, second) = (call("500"), call("1000"));
+    let (_calls, began) = submit_large(&caller, PATIENCE);
     for call in [first, second] {
         let answered = call.join().unwrap().unwrap() - began;
-        assert!(answered < leaving_time() / 2, "{answered:?}");
+        assert!(answered < LEAVING_TIME * 3 / 4, "{answered:?}");
     }
-    match calls.next().unwrap().result {
-        Err(Error::Timeout { .. }) => {}
-        other => panic!("it cannot have left in time: {other:?}"),
-    }
-    assert!(
-        began.elapsed() < leaving_time() / 2,
-        "{:?}",
-        began.elapsed()
-    );
 }
 
 #[test]
 fn a_large_reply_holds_up_no_other_worker() {
-    let line = SlowLine::start(&url(), RATE);
+    let line = SlowLine::start(&url(), FULL, STILL);
     let queue = unique("slow-reply");
     let begun = Arc::new(AtomicUsize::new(0));
     let answer = {
@@ -74,7 +88,7 @@ fn a_large_reply_holds_up_no_other_worker() {
         move |request: &Request| -> Result<Vec<u8>, HandlerError> {
             begun.fetch_add(1, Ordering::Relaxed);
             Ok(match request.body() {
-                b"large" => vec![1; LARGE],
+                b"large" => vec![1; LARGE / 2], // 5 s
                 small => small.to_vec(),
             })
         }
@@ -84,17 +98,17 @@ fn a_large_reply_holds_up_no_other_worker() {
     let caller = client(&url(), &queue, PATIENCE);
     let mut calls = caller.client.calls();
     calls.submit("large", caller.request().body("large"));
-    eventually("it begins", || begun.load(Ordering::Relaxed) == 1);
+    eventually("its reply begins to leave", || line.passed() > 1 << 20);
     // The acknowledgements wait behind the large reply, so there are no more than are prefetched.
     for _ in 0..20 {
         calls.submit("small", caller.request().body("small"));
     }
+    let submitted = Instant::now();
     eventually("all have begun", || begun.load(Ordering::Relaxed) == 21);
-    while let Some(early) = calls.next_before(Instant::now()) {
-        assert_eq!(early.key, "small", "the large reply has left already");
-    }
+    let took = submitted.elapsed();
+    assert!(took < LEAVING_TIME, "{took:?}");
     for answer in calls {
         let len = answer.result.unwrap().body.len();
-        assert_eq!(len, if answer.key == "large" { LARGE } else { 5 });
+        assert_eq!(len, if answer.key == "large" { LARGE / 2 } else { 5 });
     }
 }

@@ -2,23 +2,29 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A proxy in front of a broker that passes on so many bytes a second to the broker, for each
-/// connection; and everything at once the other way.
+/// A proxy in front of a broker. Of each connection, it passes on so many bytes a second to the
+/// broker, and everything at once the other way. After a pause it takes its time to begin, as a
+/// radio does.
 pub struct SlowLine {
     /// The broker's URL, by way of this line.
     pub url: String,
+    passed: Arc<AtomicUsize>,
 }
 
 impl SlowLine {
-    pub fn start(url: &str, bytes_per_second: usize) -> SlowLine {
+    pub fn start(url: &str, bytes_per_second: usize, begins_after: Duration) -> SlowLine {
         let mut url = url::Url::parse(url).unwrap();
         let host = url.host_str().filter(|host| !host.is_empty());
         let host = host.unwrap_or("localhost").to_owned();
         let broker = (host, url.port().unwrap_or(5672));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let passed = Arc::new(AtomicUsize::new(0));
+        let line = Arc::clone(&passed);
         url.set_host(Some("127.0.0.1")).unwrap();
         url.set_port(Some(listener.local_addr().unwrap().port()))
             .unwrap();
@@ -27,25 +33,39 @@ impl SlowLine {
             for near in listener.incoming() {
                 let (near, far) = (near.unwrap(), TcpStream::connect(broker.clone()).unwrap());
                 let back = (far.try_clone().unwrap(), near.try_clone().unwrap());
-                thread::spawn(move || pass_on(&near, &far, Some(bytes_per_second)));
+                let slowly = (bytes_per_second, begins_after);
+                let line = Arc::clone(&line);
+                thread::spawn(move || pass_on(&near, &far, Some((slowly, &line))));
                 thread::spawn(move || pass_on(&back.0, &back.1, None));
             }
         });
-        SlowLine { url: url.into() }
+        let url = url.into();
+        SlowLine { url, passed }
+    }
+
+    /// How much it has passed on to the broker, in bytes.
+    pub fn passed(&self) -> usize {
+        self.passed.load(Ordering::Relaxed)
     }
 }
 
+/// So many bytes a second, and how long it takes to begin.
+type Slowly = (usize, Duration);
+
 /// Passes on what is read, until one side has closed the connection.
-fn pass_on(mut from: &TcpStream, mut to: &TcpStream, bytes_per_second: Option<usize>) {
+fn pass_on(mut from: &TcpStream, mut to: &TcpStream, slowly: Option<(Slowly, &AtomicUsize)>) {
     to.set_nodelay(true).unwrap();
-    // A hundredth of a second's.
-    let mut bytes = vec![0; bytes_per_second.map_or(64 << 10, |rate| rate / 100)];
+    let mut bytes = vec![0; 16 << 10];
     let mut ready_at = Instant::now();
     while let Ok(len @ 1..) = from.read(&mut bytes) {
-        if let Some(rate) = bytes_per_second {
+        if let Some(((rate, begins_after), passed)) = slowly {
             let now = Instant::now();
-            ready_at = ready_at.max(now) + Duration::from_secs_f64(len as f64 / rate as f64);
-            thread::sleep(ready_at - now);
+            if now > ready_at + begins_after {
+                ready_at = now + begins_after;
+            }
+            ready_at += Duration::from_secs_f64(len as f64 / rate as f64);
+            thread::sleep(ready_at.saturating_duration_since(now));
+            passed.fetch_add(len, Ordering::Relaxed);
         }
         if to.write_all(&bytes[..len]).is_err() {
             break;
