@@ -261,7 +261,8 @@ impl Endpoint {
         if !self.tls {
             return Ok(Transport::Plain(Arc::new(socket)));
         }
-        TlsStream::connect(socket, &self.host, &endpoints.tls, deadline)
+        let options = self.files.or(&endpoints.tls);
+        TlsStream::connect(socket, &self.host, &options, deadline)
             .map(|stream| Transport::Tls(Arc::new(stream)))
             .map_err(|reason| Failure::new(format!("TLS handshake: {reason}")))
     }

@@ -5,8 +5,10 @@ use crate::amqp::tls::TlsOptions;
 use std::convert::Infallible;
 use std::error::Error;
 use std::fmt;
+#[cfg(feature = "tls")]
+use std::mem::take;
 use std::str::FromStr;
-use url::{Host, Url};
+use url::{Host, ParseError, Url};
 
 /// Seconds between heartbeats, unless the URL or the broker asks for fewer. A broker that falls
 /// silent is given up after twice that.
@@ -28,12 +30,18 @@ const HEARTBEAT_SECONDS: u16 = 10;
 ///   twice that is given up.
 /// - `&auth_mechanism=`: `plain`; with `external`, the client's certificate is the user, and not
 ///   user and password
+/// - `&cacertfile=`, `&certfile=` and `&keyfile=`, for this broker in place of what
+///   [`with_tls`](Endpoints::with_tls) says; without a `keyfile`, the `certfile` holds the key, too
+/// - `&verify=verify_peer`, which is what is done anyway
 ///
-/// The scheme `amqps` is TLS, and needs the feature `tls`.
+/// Other parameters are refused, and the error says what does instead. The scheme `amqps` is TLS,
+/// and needs the feature `tls`.
 ///
 /// In a user, password or virtual host, `/ ? # ,` are written `%2f %3f %23 %2c`, or the URL is
 /// refused. `%` is written `%25`; in a user, `:` is `%3a`; in a virtual host, `@` is `%40`.
-/// Sources: <https://www.rabbitmq.com/docs/uri-spec>, <https://www.rabbitmq.com/docs/heartbeats>.
+/// Sources: <https://www.rabbitmq.com/docs/uri-spec>,
+/// <https://www.rabbitmq.com/docs/uri-query-parameters>,
+/// <https://www.rabbitmq.com/docs/heartbeats>.
 ///
 /// The brokers are tried from the first on at each attempt to connect; each gets an equal share of
 /// the time. Printed, they show no password.
@@ -68,6 +76,9 @@ pub(super) struct Endpoint {
     /// Whether the broker is to know us by our certificate, and not by user and password.
     pub external: bool,
     pub heartbeat_seconds: u16,
+    /// What its own parameters say.
+    #[cfg(feature = "tls")]
+    pub files: TlsOptions,
 }
 
 /// A broker's URL that cannot be used. The text says which part of it, and what is expected; it
@@ -79,7 +90,7 @@ pub(super) struct Endpoint {
 /// let error = "amqp://localhost?heartbeat=0".parse::<Endpoints>().unwrap_err();
 /// assert_eq!(
 ///     error.to_string(),
-///     "invalid broker URL: heartbeat=0: expected 1 to 65535 seconds"
+///     "invalid broker URL: heartbeat=0: expected 1 to 65535 seconds; without it, they are 10"
 /// );
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,6 +160,8 @@ impl Default for Endpoint {
             password: "guest".to_owned(),
             external: false,
             heartbeat_seconds: HEARTBEAT_SECONDS,
+            #[cfg(feature = "tls")]
+            files: TlsOptions::default(),
         }
     }
 }
@@ -164,6 +177,8 @@ impl FromStr for Endpoints {
     /// (without the feature `tls`: than `amqp`), an unknown parameter or value, a `#`, or a part
     /// that cannot be decoded.
     fn from_str(urls: &str) -> Result<Endpoints, InvalidUrl> {
+        // Some editors put a mark in front of a file.
+        let urls = urls.trim().trim_start_matches('\u{feff}');
         let endpoints: Result<Vec<_>, _> = urls
             .split(',')
             .enumerate()
@@ -210,7 +225,8 @@ impl From<&Endpoints> for Endpoints {
 }
 
 /// What may be wrong with a URL behind a comma.
-const COMMA: &str = "it stands behind a ','; one that belongs to a password is written %2c";
+const COMMA: &str = "it stands behind a ',', where the next whole URL begins; one that belongs to a password is \
+     written %2c";
 
 /// Parses one URL. No message repeats what may be a password, or a part of one that is not encoded
 /// as it should be.
@@ -218,6 +234,11 @@ fn parse_url(text: &str) -> Result<Endpoint, String> {
     const EXAMPLE: &str = "expected something like amqp://user:password@host:5672/vhost";
     if text.is_empty() {
         return Err(format!("it is empty; {EXAMPLE}"));
+    }
+    if text.starts_with(['"', '\'', '`']) {
+        return Err(format!(
+            "there are quotes around it; leave them out; {EXAMPLE}"
+        ));
     }
     let Some((_, rest)) = text.split_once("://") else {
         return Err(format!("it has no '://'; {EXAMPLE}"));
@@ -232,7 +253,26 @@ fn parse_url(text: &str) -> Result<Endpoint, String> {
                 .to_owned(),
         );
     }
-    let url = Url::parse(text).map_err(|error| format!("{error}; {EXAMPLE}"))?;
+    if rest.contains("://") {
+        return Err(
+            "there is a second '://' in it; a ',' separates one URL from the next".to_owned(),
+        );
+    }
+    let url = Url::parse(text).map_err(|error| match error {
+        ParseError::RelativeUrlWithoutBase => format!("its beginning is no scheme; {EXAMPLE}"),
+        ParseError::InvalidPort => format!("the port is none from 1 to 65535; {EXAMPLE}"),
+        ParseError::InvalidIpv6Address if text.contains('%') => {
+            "the IPv6 address is none, or it has a zone, which is not supported; a name with that \
+             address does instead"
+                .to_owned()
+        }
+        ParseError::EmptyHost => {
+            format!(
+                "there is no host in front of the port (an IPv6 address stands in []); {EXAMPLE}"
+            )
+        }
+        error => format!("{error}; {EXAMPLE}"),
+    })?;
     let mut endpoint = Endpoint::default();
     match url.scheme() {
         "amqp" => {}
@@ -255,14 +295,19 @@ fn parse_url(text: &str) -> Result<Endpoint, String> {
     if let Some(host) = url.host_str().filter(|host| !host.is_empty()) {
         endpoint.host = Host::parse(host).map_err(|error| format!("the host '{host}': {error}"))?;
     }
-    if let Some(port) = url.port() {
-        endpoint.port = port;
+    match url.port() {
+        Some(0) => return Err(format!("the port is none from 1 to 65535; {EXAMPLE}")),
+        Some(port) => endpoint.port = port,
+        None => {}
     }
     if !url.username().is_empty() {
         endpoint.user = percent_decode("user", url.username())?;
     }
-    if let Some(password) = url.password() {
-        endpoint.password = percent_decode("password", password)?;
+    match url.password() {
+        Some(password) => endpoint.password = percent_decode("password", password)?,
+        // The parser does not tell an empty one from none.
+        None if has_empty_password(rest) => endpoint.password = String::new(),
+        None => {}
     }
     match url.path() {
         "" | "/" => {}
@@ -276,32 +321,103 @@ fn parse_url(text: &str) -> Result<Endpoint, String> {
             endpoint.vhost = percent_decode("virtual host", vhost)?;
         }
     }
+    read_parameters(&url, &mut endpoint)?;
+    Ok(endpoint)
+}
+
+/// Whether what follows the `://` begins with `user:@`.
+fn has_empty_password(rest: &str) -> bool {
+    let authority = rest.split(['/', '?', '#']).next();
+    let user = authority.and_then(|part| part.rsplit_once('@'));
+    user.is_some_and(|(user, _)| user.ends_with(':'))
+}
+
+/// Reads what stands behind the `?`. No value that is refused is taken for granted: what a
+/// parameter of another client's asks for is done, or it is said what does it here.
+fn read_parameters(url: &Url, endpoint: &mut Endpoint) -> Result<(), String> {
+    #[cfg(feature = "tls")]
+    let (mut certificate, mut key) = (None, None);
     for (name, value) in url.query_pairs() {
         match &*name {
             "heartbeat" => {
                 endpoint.heartbeat_seconds = match value.parse() {
                     // Without heartbeats, a broker that falls silent would never be found out.
                     Ok(seconds) if seconds > 0 => seconds,
-                    _ => return Err(format!("heartbeat={value}: expected 1 to 65535 seconds")),
+                    _ => {
+                        return Err(format!(
+                            "heartbeat={value}: expected 1 to 65535 seconds; without it, they are \
+                             {HEARTBEAT_SECONDS}"
+                        ));
+                    }
                 };
             }
-            "auth_mechanism" => match &*value {
-                "plain" => endpoint.external = false,
-                "external" => endpoint.external = true,
-                other => {
-                    return Err(format!(
-                        "auth_mechanism={other}: expected plain or external"
-                    ));
-                }
-            },
+            "auth_mechanism" if value.eq_ignore_ascii_case("plain") => endpoint.external = false,
+            "auth_mechanism" if value.eq_ignore_ascii_case("external") => endpoint.external = true,
+            "auth_mechanism" => {
+                return Err(format!(
+                    "auth_mechanism={value}: expected plain or external"
+                ));
+            }
+            "cacertfile" | "certfile" | "keyfile" | "verify" if !endpoint.tls => {
+                return Err(format!(
+                    "the parameter '{name}' is for amqps://, which is TLS"
+                ));
+            }
+            #[cfg(feature = "tls")]
+            "cacertfile" => endpoint.files = take(&mut endpoint.files).ca_file(&*value),
+            #[cfg(feature = "tls")]
+            "certfile" => certificate = Some(value.into_owned()),
+            #[cfg(feature = "tls")]
+            "keyfile" => key = Some(value.into_owned()),
+            "verify" if value == "verify_peer" => {}
+            "verify" => {
+                return Err(format!(
+                    "verify={value}: a broker's certificate is always verified; cacertfile names \
+                     one that is trusted"
+                ));
+            }
             other => {
                 return Err(format!(
-                    "the parameter '{other}' is not supported (heartbeat and auth_mechanism are)"
+                    "the parameter '{other}' is not supported; {}",
+                    instead_of(other)
                 ));
             }
         }
     }
-    Ok(endpoint)
+    #[cfg(feature = "tls")]
+    match (certificate, key) {
+        // As for Erlang's clients, which have these parameters.
+        (Some(certificate), key) => {
+            let key = key.unwrap_or_else(|| certificate.clone());
+            endpoint.files = take(&mut endpoint.files).client_certificate(certificate, key);
+        }
+        (None, Some(_)) => return Err("a keyfile needs a certfile".to_owned()),
+        (None, None) => {}
+    }
+    Ok(())
+}
+
+/// What does here what a parameter does for other clients: pika, Java's, Erlang's.
+fn instead_of(parameter: &str) -> &'static str {
+    match parameter {
+        "connection_attempts" | "retry_delay" => {
+            "connecting is tried again without being told to, with growing pauses"
+        }
+        "socket_timeout"
+        | "stack_timeout"
+        | "connection_timeout"
+        | "blocked_connection_timeout" => {
+            "a call's timeout (--timeout) holds for connecting and for a broker that blocks, a \
+             server's --connect-timeout for its start"
+        }
+        "channel_max" => "a server has as many channels as workers (--workers)",
+        "frame_max" | "locale" | "tcp_options" | "backpressure_detection" => "leave it out",
+        "server_name_indication" | "ssl_options" | "fail_if_no_peer_cert" => {
+            "the host of the URL is the name that the certificate must have; cacertfile, certfile \
+             and keyfile name files (or --tls-ca, --tls-cert, --tls-key)"
+        }
+        _ => "heartbeat, auth_mechanism, cacertfile, certfile, keyfile and verify are",
+    }
 }
 
 fn percent_decode(part: &str, encoded: &str) -> Result<String, String> {
@@ -316,8 +432,12 @@ fn percent_decode(part: &str, encoded: &str) -> Result<String, String> {
 
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let user = url::form_urlencoded::byte_serialize(self.user.as_bytes()).collect::<String>();
-        let vhost = url::form_urlencoded::byte_serialize(self.vhost.as_bytes()).collect::<String>();
+        // A blank is a '+' only in a query.
+        let encode = |text: &str| {
+            let encoded: String = url::form_urlencoded::byte_serialize(text.as_bytes()).collect();
+            encoded.replace('+', "%20")
+        };
+        let (user, vhost) = (encode(&self.user), encode(&self.vhost));
         let scheme = if self.tls { "amqps" } else { "amqp" };
         write!(f, "{scheme}://{user}@{}:{}/{vhost}", self.host, self.port)
     }
@@ -378,6 +498,64 @@ mod tests {
     }
 
     #[test]
+    fn what_surrounds_a_url_in_a_file_or_a_variable_does_not_count() {
+        for url in [
+            "AMQP://app:pw@h",
+            " amqp://app:pw@h\n",
+            "\u{feff}amqp://app:pw@h\r\n",
+            "amqp://app:pw@h/?",
+        ] {
+            let endpoint = one(url);
+            assert_eq!(
+                (&*endpoint.user, &*endpoint.password),
+                ("app", "pw"),
+                "{url}"
+            );
+            assert_eq!(endpoint.vhost, "/");
+        }
+    }
+
+    #[test]
+    fn a_password_may_be_left_out_or_empty() {
+        for (url, user, password) in [
+            ("amqp://app@h", "app", "guest"),
+            ("amqp://app:@h", "app", ""),
+            ("amqp://:pw@h", "guest", "pw"),
+            ("amqp://app:a:@h", "app", "a:"),
+            ("amqp://h:5672", "guest", "guest"),
+            ("amqp://h:", "guest", "guest"),
+        ] {
+            let endpoint = one(url);
+            assert_eq!(
+                (&*endpoint.user, &*endpoint.password),
+                (user, password),
+                "{url}"
+            );
+        }
+    }
+
+    #[cfg(feature = "tls")]
+    #[test]
+    fn the_files_of_tls_can_stand_in_the_url() {
+        let of_url = one("amqps://h?cacertfile=/a%20ca&certfile=/cert&verify=verify_peer").files;
+        let options = TlsOptions::new()
+            .ca_file("/a ca")
+            .client_certificate("/cert", "/cert");
+        assert!(of_url == options);
+        let given = TlsOptions::new().ca_file("/other");
+        assert!(of_url.or(&given) == options);
+        assert!(one("amqps://h").files.or(&given) == given);
+        for (url, part) in [
+            ("amqps://h?verify=verify_none", "always verified"),
+            ("amqps://h?keyfile=/key", "certfile"),
+            ("amqps://h?server_name_indication=x", "the host of the URL"),
+        ] {
+            let error = url.parse::<Endpoints>().unwrap_err().to_string();
+            assert!(error.contains(part), "{url}: {error}");
+        }
+    }
+
+    #[test]
     fn ip_addresses_are_addresses() {
         assert!(matches!(one("amqp://127.0.0.1").host, Host::Ipv4(_)));
         assert!(matches!(one("amqp://[::1]:5673/").host, Host::Ipv6(_)));
@@ -396,6 +574,8 @@ mod tests {
     fn no_rendering_shows_a_password() {
         let endpoints: Endpoints = "amqp://u:secret@h/v".parse().unwrap();
         assert!(!format!("{endpoints} {endpoints:?}").contains("secret"));
+        let odd: Endpoints = "amqp://a+b%20c@h/d%20e".parse().unwrap();
+        assert_eq!(odd.to_string(), "amqp://a%2Bb%20c@h:5672/d%20e");
     }
 
     #[test]
@@ -419,6 +599,23 @@ mod tests {
             ("amqp://u:hunter2@h/%ff", "virtual host"),
             ("amqp://u:hunter2@h/?heartbeat=0", "heartbeat=0"),
             ("amqp://u:hunter2@h/?frame_max=1", "'frame_max'"),
+            ("amqp://u:hunter2@h:0", "from 1 to 65535"),
+            ("amqp://u:hunter2@h:65536", "from 1 to 65535"),
+            ("amqp://u:hunter2@:5672", "no host"),
+            ("amqp://::1:5672", "in []"),
+            ("amqp://u:hunter2@[fe80::1%eth0]", "a zone"),
+            ("amqp://u:hunter2@h;amqp://i", "second '://'"),
+            ("amqp://u:hunter2@a:1,b:2", "the next whole URL"),
+            ("'amqp://u:hunter2@h'", "quotes"),
+            ("\"amqp://u:hunter2@h\"", "quotes"),
+            ("AMQP_URL=amqp://u:hunter2@h", "no scheme"),
+            ("amqp://u:hunter2@h?verify=verify_peer", "for amqps://"),
+            ("amqp://u:hunter2@h?cacertfile=/ca", "for amqps://"),
+            ("amqp://h?connection_attempts=3", "tried again"),
+            ("amqp://h?socket_timeout=3", "--timeout"),
+            ("amqp://h?channel_max=3", "--workers"),
+            ("amqp://h?auth_mechanism=amqplain", "plain or external"),
+            ("amqp://h?other=2", "auth_mechanism"),
             ("amqp://u:hunt%ffer2@h/", "password"),
             ("amqp://a,", "empty"),
         ] {

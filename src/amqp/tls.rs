@@ -82,6 +82,17 @@ impl TlsOptions {
         self
     }
 
+    /// What these options say, and where they say nothing, the others.
+    pub(super) fn or(&self, other: &TlsOptions) -> TlsOptions {
+        TlsOptions {
+            ca_file: self.ca_file.clone().or_else(|| other.ca_file.clone()),
+            client_certificate: self
+                .client_certificate
+                .clone()
+                .or_else(|| other.client_certificate.clone()),
+        }
+    }
+
     fn config(&self) -> Result<ClientConfig, String> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))

@@ -7,11 +7,14 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use fibrpc::{Client, ClientBuilder, Confirms, Endpoints, QueueType, ReplyTo, Retry, Server};
+use std::fmt::Display;
 use std::io::Write as _;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroU64, NonZeroUsize};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
-use std::{fs, io};
+use std::{env, fs, io};
 
 /// Synchronous RPC over RabbitMQ: the tutorial's Fibonacci server and its client
 #[derive(Debug, Parser)]
@@ -26,6 +29,9 @@ pub struct Cli {
 
 /// With the commit, if it was built in the repository.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), env!("FIBRPC_COMMIT"));
+
+/// More than anybody can want where there is no other limit.
+const U32_MAX: u64 = u32::MAX as u64;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -127,11 +133,12 @@ pub struct StatusArgs {
 #[derive(Debug, Args)]
 pub struct ServerArgs {
     /// How many requests to execute at the same time [default: the number of CPUs]
-    #[arg(long, value_name = "N")]
+    // Each has a channel, of which AMQP can number no more.
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<NonZeroUsize>(1..=65535))]
     workers: Option<NonZeroUsize>,
 
     /// How many requests the broker may give each worker ahead of its acknowledgements
-    #[arg(long, value_name = "N", default_value = "1")]
+    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true, value_parser = whole::<NonZeroU16>(1..=65535))]
     prefetch: NonZeroU16,
 
     /// How to compute: the tutorial's slow recursion, or fast doubling
@@ -139,7 +146,7 @@ pub struct ServerArgs {
     algorithm: Algorithm,
 
     /// The largest n to accept [default: 45 for recursive, 186 for fast]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<u32>(0..=U32_MAX))]
     max_n: Option<u32>,
 
     /// Which queue to declare if there is none
@@ -166,7 +173,7 @@ pub struct CallArgs {
     numbers: Vec<Option<i128>>,
 
     /// How many calls may be in flight at the same time
-    #[arg(long, value_name = "N", default_value = "64")]
+    #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true, value_parser = whole::<NonZeroUsize>(1..=U32_MAX))]
     pub concurrency: NonZeroUsize,
 
     /// What to print
@@ -214,6 +221,8 @@ pub struct BenchArgs {
         long,
         value_name = "N",
         default_value = "10000",
+        allow_negative_numbers = true,
+        value_parser = whole::<NonZeroU64>(1..=U32_MAX),
         conflicts_with = "duration"
     )]
     requests: NonZeroU64,
@@ -223,16 +232,16 @@ pub struct BenchArgs {
     duration: Option<Duration>,
 
     /// How many calls to keep in flight
-    #[arg(long, value_name = "N", default_value = "64", conflicts_with = "rate")]
+    #[arg(long, value_name = "N", default_value = "64", conflicts_with = "rate", allow_negative_numbers = true, value_parser = whole::<NonZeroUsize>(1..=U32_MAX))]
     concurrency: NonZeroUsize,
 
     /// Send this many requests a second whatever comes back (an open loop); the latency counts
     /// from the time a request was due, so that a server that stalls cannot hide it
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<NonZeroU32>(1..=U32_MAX))]
     rate: Option<NonZeroU32>,
 
     /// How many requests to send before, not counted
-    #[arg(long, value_name = "N", default_value = "0")]
+    #[arg(long, value_name = "N", default_value = "0", allow_negative_numbers = true, value_parser = whole::<u64>(0..=U32_MAX))]
     warmup: u64,
 
     /// What to ask for
@@ -309,24 +318,39 @@ pub struct ServerPlan {
 
 impl Global {
     pub fn endpoints(&self) -> Result<Endpoints, clap::Error> {
-        let url = match &self.url_file {
-            Some(file) => Some(
-                fs::read_to_string(file)
-                    .map_err(|error| usage(format!("--url-file {}: {error}", file.display())))?,
-            ),
-            None => self.url.clone(),
-        };
-        let endpoints = match url {
-            None => Endpoints::default(),
-            Some(url) => url.trim().parse().map_err(usage)?,
+        let wrong = |from: &str, error: &dyn Display| usage(format!("{from}: {error}"));
+        let endpoints = match (&self.url_file, &self.url) {
+            (Some(file), _) => {
+                let from = format!("--url-file {}", file.display());
+                let url = fs::read_to_string(file).map_err(|error| wrong(&from, &error))?;
+                url.parse().map_err(|error| wrong(&from, &error))?
+            }
+            (None, Some(url)) => url.parse().map_err(|error| {
+                let is_set = env::var("AMQP_URL").is_ok_and(|set| set == *url);
+                wrong(if is_set { "AMQP_URL" } else { "--url" }, &error)
+            })?,
+            (None, None) => Endpoints::default(),
         };
         #[cfg(feature = "tls")]
-        let endpoints = endpoints.with_tls(self.tls());
+        let endpoints = self.with_tls(endpoints)?;
         Ok(endpoints)
     }
 
     #[cfg(feature = "tls")]
-    fn tls(&self) -> fibrpc::TlsOptions {
+    fn with_tls(&self, endpoints: Endpoints) -> Result<Endpoints, clap::Error> {
+        let given = [
+            ("--tls-ca", self.tls_ca.is_some()),
+            ("--tls-cert", self.tls_cert.is_some()),
+        ];
+        // Printed, a '/' in a user or virtual host is encoded.
+        if let Some((option, _)) = given.into_iter().find(|(_, is_given)| *is_given)
+            && !endpoints.to_string().contains("amqps://")
+        {
+            return Err(usage(format!(
+                "{option} is for a broker at amqps://, and {endpoints} is without TLS; write \
+                 amqps:// (its usual port is 5671), or leave the option out"
+            )));
+        }
         let mut tls = fibrpc::TlsOptions::new();
         if let Some(file) = &self.tls_ca {
             tls = tls.ca_file(file);
@@ -334,12 +358,20 @@ impl Global {
         if let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) {
             tls = tls.client_certificate(certificate, key);
         }
-        tls
+        Ok(endpoints.with_tls(tls))
     }
 }
 
 impl ServerArgs {
     pub fn plan(self, global: &Global) -> anyhow::Result<ServerPlan> {
+        if global.queue.starts_with("amq.") {
+            let queue = &global.queue;
+            return Err(usage(format!(
+                "--queue {queue}: names that begin with 'amq.' are for the broker itself; take \
+                 another, here and for the callers"
+            ))
+            .into());
+        }
         let (default_n, limit) = match self.algorithm {
             // fib(45) takes seconds; fib(60) would take an hour.
             Algorithm::Recursive => (45, fib::RECURSIVE_N_MAX),
@@ -497,8 +529,24 @@ pub fn manual() -> io::Result<String> {
 fn queue_name(name: &str) -> Result<String, String> {
     match name.len() {
         0 => Err("a queue's name cannot be empty".to_owned()),
+        // RabbitMQ drops a line end when it declares a queue, and then does not find it.
+        _ if name.contains(char::is_control) => {
+            Err("it holds a line end or another control character; leave that out".to_owned())
+        }
         1..=255 => Ok(name.to_owned()),
         len => Err(format!("it has {len} bytes; AMQP allows 255")),
+    }
+}
+
+/// A whole number in a range, which `T` holds.
+fn whole<T: FromStr>(range: RangeInclusive<u64>) -> impl Fn(&str) -> Result<T, String> + Clone {
+    move |text| {
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        let number = number.and_then(|number| number.to_string().parse().ok());
+        number.ok_or_else(|| {
+            let (min, max) = (range.start(), range.end());
+            format!("expected a whole number from {min} to {max}")
+        })
     }
 }
 

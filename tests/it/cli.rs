@@ -69,8 +69,35 @@ fn usage_errors_end_with_2_name_the_argument_and_tell_no_password() {
         (&["call", "--timeout", "0s", "1"], "longer than 0"),
         (&["call", "--concurrency", "0", "1"], "--concurrency"),
         (&["call", "--output", "xml", "1"], "--output"),
-        (&["server", "--workers", "0"], "--workers"),
-        (&["server", "--prefetch", "0"], "--prefetch"),
+        (&["server", "--workers", "0"], "from 1 to 65535"),
+        (&["server", "--workers", "-1"], "--workers"),
+        (&["server", "--workers", "70000"], "from 1 to 65535"),
+        (&["server", "--prefetch", "0"], "from 1 to 65535"),
+        (&["server", "--prefetch", "70000"], "--prefetch"),
+        (&["server", "--max-n", "-1"], "from 0 to"),
+        (&["bench", "--requests", "-1"], "--requests"),
+        (&["bench", "--rate", "0"], "from 1 to"),
+        (&["bench", "--argument", "187"], "--argument"),
+        (&["call", "1", "--timeout", "1e9d"], "--timeout"),
+        (
+            &["call", "1", "--timeout", "99999999999999999999d"],
+            "--timeout",
+        ),
+        (&["call", "1", "--queue", "line\n"], "line end"),
+        (&["server", "--queue", "amq.mine"], "for the broker itself"),
+        (
+            &["status", "--url-file", "/"],
+            "--url-file /: Is a directory",
+        ),
+        (
+            &["status", "--url-file", "/dev/null"],
+            "--url-file /dev/null",
+        ),
+        (
+            &["status", "--url", "amqp://h:0"],
+            "--url: invalid broker URL",
+        ),
+        (&["status", "--url", "'amqp://u:hunter2@h'"], "quotes"),
         (&["server", "--max-n", "94"], "--max-n 94"),
         (
             &["server", "--algorithm", "fast", "--max-n", "187"],
@@ -101,9 +128,55 @@ fn usage_errors_end_with_2_name_the_argument_and_tell_no_password() {
         assert!(!usage.stderr.contains("hunter2"), "{}", usage.stderr);
         assert_eq!(usage.stdout, "", "{arguments:?}");
     }
+    for url in ["", "  ", "amqp://u:hunter2@h:0"] {
+        let usage = run(fibrpc(url, "q").arg("status"));
+        assert_eq!(usage.code(), Some(2), "{url}: {}", usage.stderr);
+        assert!(usage.stderr.contains("AMQP_URL: "), "{}", usage.stderr);
+        assert!(!usage.stderr.contains("hunter2"), "{}", usage.stderr);
+    }
     let long = run(fibrpc(&url(), &"q".repeat(256)).args(["call", "1"]));
     assert_eq!(long.code(), Some(2));
     assert!(long.stderr.contains("256 bytes"), "{}", long.stderr);
+}
+
+#[test]
+fn no_duration_is_too_long() {
+    let queue = unique("long");
+    let _server = server(&url(), &queue, &["--drain-timeout", "500000000y"]);
+    for duration in ["500000000y", "18446744073709551615s"] {
+        for arguments in [
+            &["call", "10", "--timeout"][..],
+            &["call", "10", "--resend-after"],
+            &["status", "--timeout"],
+            &["bench", "--requests", "10", "--timeout"],
+        ] {
+            let ended = run(fibrpc(&url(), &queue).args(arguments).arg(duration));
+            assert_eq!(ended.code(), Some(0), "{arguments:?}: {}", ended.stderr);
+        }
+    }
+}
+
+#[test]
+fn a_wrong_rust_log_is_told_and_no_color_is_heeded() {
+    let queue = unique("rust-log");
+    let _server = server(&url(), &queue, &["--quiet"]);
+    let call = |filter: &str| {
+        let mut command = fibrpc(&url(), &queue);
+        run(command.env("RUST_LOG", filter).args(["call", "10"]))
+    };
+    let wrong = call("fibrpc=loud");
+    assert!(
+        wrong.stderr.contains("RUST_LOG is ignored"),
+        "{}",
+        wrong.stderr
+    );
+    assert!(wrong.stderr.contains("loud"), "{}", wrong.stderr);
+    assert_eq!(wrong.code(), Some(0));
+    for filter in ["fibrpc=info", "info,amiquip=off", ""] {
+        let right = call(filter);
+        assert!(!right.stderr.contains("RUST_LOG"), "{}", right.stderr);
+        assert!(!right.stderr.contains('\x1b'), "{}", right.stderr);
+    }
 }
 
 #[test]

@@ -501,6 +501,27 @@ fn a_client_certificate_is_shown_when_asked_for_and_can_stand_for_the_user() {
     refused(&url, &["--tls-ca", &ca], "ertificate");
     let usage = run(fibrpc(&url, &queue).args(["call", "30", "--tls-cert", certificate]));
     assert_eq!(usage.code(), Some(2), "{}", usage.stderr);
+    assert!(usage.stderr.contains("--tls-key"), "{}", usage.stderr);
+    // The files in the URL, as Erlang's clients have them.
+    let in_url = format!("{url}?cacertfile={ca}&certfile={certificate}&keyfile={key}");
+    let call = run(fibrpc(&in_url, &queue).args(["call", "30"]));
+    assert!(call.stdout.contains("832040"), "{}", call.stderr);
+    // Options that would not be used; among several brokers, one is enough that uses them.
+    let plain = broker._broker.url.as_str();
+    for option in ["--tls-ca", "--tls-cert"] {
+        let mut unused = fibrpc(plain, &queue);
+        unused.args(["call", "30", option, &ca]);
+        if option == "--tls-cert" {
+            unused.args(["--tls-key", key]);
+        }
+        let unused = run(&mut unused);
+        assert_eq!(unused.code(), Some(2), "{option}: {}", unused.stderr);
+        assert!(unused.stderr.contains(option), "{}", unused.stderr);
+        assert!(unused.stderr.contains("amqps://"), "{}", unused.stderr);
+    }
+    let mixed = format!("{url},{plain}");
+    let call = run(fibrpc(&mixed, &queue).args(["call", "30"]).args(ours));
+    assert!(call.stdout.contains("832040"), "{}", call.stderr);
 
     // The user that the certificate names does not exist, and then it does.
     let external = format!("{url}?auth_mechanism=external");
