@@ -225,8 +225,8 @@ impl From<&Endpoints> for Endpoints {
 }
 
 /// What may be wrong with a URL behind a comma.
-const COMMA: &str = "it stands behind a ',', where the next whole URL begins; one that belongs to a password is \
-     written %2c";
+const COMMA: &str = "it stands behind a ',', where the next whole URL begins; one that belongs to \
+                     a password is written %2c";
 
 /// Parses one URL. No message repeats what may be a password, or a part of one that is not encoded
 /// as it should be.

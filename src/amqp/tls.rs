@@ -69,9 +69,10 @@ impl TlsOptions {
         self
     }
 
-    /// PEM files of our own certificate, with those between it and the broker's authority behind it,
-    /// and of its private key, not encrypted; one file may hold both. It is shown to a broker that asks for one; the user is still that of the
-    /// URL, unless that says `?auth_mechanism=external`. Default: none.
+    /// PEM files of our own certificate, with those between it and the broker's authority behind
+    /// it, and of its private key, not encrypted; one file may hold both. It is shown to a broker
+    /// that asks for one; the user is still that of the URL, unless that says
+    /// `?auth_mechanism=external`. Default: none.
     /// Source: <https://www.rabbitmq.com/docs/access-control>.
     pub fn client_certificate(
         mut self,

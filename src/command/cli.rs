@@ -78,8 +78,8 @@ pub struct Global {
     )]
     pub queue: String,
 
-    /// Trust brokers whose certificates were signed by one of those in this PEM file, and no
-    /// others [default: what the system trusts]
+    /// Trust brokers whose certificates are in this PEM file or were signed by one of those in it,
+    /// and no others [default: what the system trusts]
     #[cfg(feature = "tls")]
     #[arg(long, value_name = "FILE", global = true)]
     tls_ca: Option<PathBuf>,
@@ -89,7 +89,7 @@ pub struct Global {
     #[arg(long, value_name = "FILE", global = true, requires = "tls_key")]
     tls_cert: Option<PathBuf>,
 
-    /// The private key of that certificate (PEM)
+    /// The private key of that certificate (PEM, not encrypted); one file may hold both
     #[cfg(feature = "tls")]
     #[arg(long, value_name = "FILE", global = true, requires = "tls_cert")]
     tls_key: Option<PathBuf>,
@@ -134,11 +134,22 @@ pub struct StatusArgs {
 pub struct ServerArgs {
     /// How many requests to execute at the same time [default: the number of CPUs]
     // Each has a channel, of which AMQP can number no more.
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<NonZeroUsize>(1..=65535))]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = whole::<NonZeroUsize>(1..=65535)
+    )]
     workers: Option<NonZeroUsize>,
 
     /// How many requests the broker may give each worker ahead of its acknowledgements
-    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true, value_parser = whole::<NonZeroU16>(1..=65535))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "1",
+        allow_negative_numbers = true,
+        value_parser = whole::<NonZeroU16>(1..=65535)
+    )]
     prefetch: NonZeroU16,
 
     /// How to compute: the tutorial's slow recursion, or fast doubling
@@ -146,7 +157,12 @@ pub struct ServerArgs {
     algorithm: Algorithm,
 
     /// The largest n to accept [default: 45 for recursive, 186 for fast]
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<u32>(0..=U32_MAX))]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = whole::<u32>(0..=U32_MAX)
+    )]
     max_n: Option<u32>,
 
     /// Which queue to declare if there is none
@@ -173,7 +189,13 @@ pub struct CallArgs {
     numbers: Vec<Option<i128>>,
 
     /// How many calls may be in flight at the same time
-    #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true, value_parser = whole::<NonZeroUsize>(1..=U32_MAX))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "64",
+        allow_negative_numbers = true,
+        value_parser = whole::<NonZeroUsize>(1..=U32_MAX)
+    )]
     pub concurrency: NonZeroUsize,
 
     /// What to print
@@ -232,16 +254,34 @@ pub struct BenchArgs {
     duration: Option<Duration>,
 
     /// How many calls to keep in flight
-    #[arg(long, value_name = "N", default_value = "64", conflicts_with = "rate", allow_negative_numbers = true, value_parser = whole::<NonZeroUsize>(1..=U32_MAX))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "64",
+        conflicts_with = "rate",
+        allow_negative_numbers = true,
+        value_parser = whole::<NonZeroUsize>(1..=U32_MAX)
+    )]
     concurrency: NonZeroUsize,
 
     /// Send this many requests a second whatever comes back (an open loop); the latency counts
     /// from the time a request was due, so that a server that stalls cannot hide it
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole::<NonZeroU32>(1..=U32_MAX))]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = whole::<NonZeroU32>(1..=U32_MAX)
+    )]
     rate: Option<NonZeroU32>,
 
     /// How many requests to send before, not counted
-    #[arg(long, value_name = "N", default_value = "0", allow_negative_numbers = true, value_parser = whole::<u64>(0..=U32_MAX))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "0",
+        allow_negative_numbers = true,
+        value_parser = whole::<u64>(0..=U32_MAX)
+    )]
     warmup: u64,
 
     /// What to ask for

@@ -646,6 +646,7 @@ fn a_slow_reader_slows_the_calls_down_loses_nothing_and_a_signal_ends_it() {
             .args(["call", "-", "--output", "json"])
             .stdin(input)
             .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         // The calls come to rest, since nobody takes the answers.
