@@ -21,6 +21,7 @@ pub(crate) mod stream; // what amiquip takes for it
 pub(crate) mod tls;
 pub(crate) mod transport; // plain, or TLS
 
+pub(crate) mod brokers; // which one to connect to
 pub(crate) mod channel;
 pub(crate) mod connection; // opening and closing one
 pub(crate) mod queue; // declaring one, asking after one

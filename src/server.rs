@@ -13,6 +13,7 @@ mod suspects; // requests whose replies the broker does not take
 mod work_queue; // where requests meet workers
 mod worker; // the threads that run the handler
 
+use crate::amqp::brokers::Brokers;
 use crate::amqp::endpoint::{Endpoints, InvalidUrl};
 use crate::amqp::queue::QueueType;
 use crate::amqp::sync::{Never, lock};
@@ -245,6 +246,7 @@ impl Server {
         });
         let give_up_at = after(Instant::now(), self.options.connect_timeout);
         let (waiting, started) = bounded(0);
+        let brokers = Brokers::new(self.options.endpoints.clone());
         let supervisor = Supervisor {
             options: self.options,
             queue: Arc::clone(&worker.queue),
@@ -257,6 +259,7 @@ impl Server {
                 _waiting: waiting,
             }),
             number: 0,
+            brokers,
         };
         start_workers(&worker, supervisor.options.workers)?;
         let outcome = Arc::new(OnceLock::new());

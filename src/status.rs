@@ -1,5 +1,6 @@
 //! What a broker says of itself and of a request queue: a health check.
 
+use crate::amqp::brokers::Brokers;
 use crate::amqp::connection::Connection;
 use crate::amqp::endpoint::{Endpoints, InvalidUrl};
 use crate::amqp::error::{Error as AmqpError, GONE};
@@ -67,7 +68,8 @@ impl Status {
         let deadline = after(Instant::now(), timeout);
         let (events, told) = unbounded();
         let sink = || -> Box<dyn Sink> { Box::new(events.clone()) };
-        let mut connection = Connection::open(&endpoints, "status", deadline, &sink)?;
+        let mut connection =
+            Brokers::new(endpoints).connect("status", deadline, deadline, &sink)?;
         let began = Instant::now();
         let status = queue::status(&mut connection, &mut Told { told, deadline }, queue)?;
         let round_trip = began.elapsed();

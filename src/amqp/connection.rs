@@ -53,50 +53,6 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Connects to the first of the brokers that answers. Each gets an equal share of the time.
-    ///
-    /// `purpose` says in the broker's list of connections what this one is for. `sink` makes what
-    /// takes the messages that no thread of ours reads.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Unreachable`], with what happened at each of them.
-    pub fn open(
-        endpoints: &Endpoints,
-        purpose: &str,
-        deadline: Instant,
-        sink: &dyn Fn() -> Box<dyn Sink>,
-    ) -> Result<Connection, Error> {
-        let mut failures = Vec::new();
-        for (index, endpoint) in endpoints.list.iter().enumerate() {
-            let deadline = share_of(deadline, endpoints.list.len() - index);
-            match endpoint.open(endpoints, purpose, deadline, sink) {
-                Ok(connection) => {
-                    log::info!("connected to {endpoint} as {}", connection.name);
-                    return Ok(connection);
-                }
-                Err(failure) => failures.push((endpoint, failure)),
-            }
-        }
-        let reason = match &failures[..] {
-            [(_, only)] => only.reason.clone(),
-            all => all
-                .iter()
-                .map(|(endpoint, failure)| format!("{endpoint}: {}", failure.reason))
-                .collect::<Vec<_>>()
-                .join("; "),
-        };
-        let source = failures
-            .into_iter()
-            .next()
-            .and_then(|(_, failure)| failure.source);
-        Err(Error::Unreachable {
-            endpoint: endpoints.to_string(),
-            reason,
-            source: source.map(|error| Arc::new(error) as _),
-        })
-    }
-
     /// Begins a channel. More can be said on it at once: what the broker answers, to this and to
     /// that, comes in as events, which [`Connection::note`] has to see.
     ///
@@ -181,9 +137,22 @@ impl Drop for Connection {
 }
 
 /// Why a broker could not be reached.
-struct Failure {
-    reason: String,
-    source: Option<io::Error>,
+pub(super) struct Failure {
+    pub reason: String,
+    pub source: Option<io::Error>,
+    /// How far we got.
+    stage: Stage,
+}
+
+/// How far an attempt got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    /// Nobody was reached.
+    Connecting,
+    /// Somebody was: a broker that is starting, or a proxy in front of none.
+    Connected,
+    /// A broker was, and it refuses us; it would at its other addresses, too.
+    Refused,
 }
 
 impl Failure {
@@ -191,6 +160,7 @@ impl Failure {
         Failure {
             reason: reason.into(),
             source: None,
+            stage: Stage::Connecting,
         }
     }
 
@@ -198,12 +168,21 @@ impl Failure {
         Failure {
             reason: format!("{what}: {error}"),
             source: Some(error),
+            stage: Stage::Connecting,
+        }
+    }
+
+    fn refused(reason: impl Into<String>) -> Failure {
+        Failure {
+            stage: Stage::Refused,
+            ..Failure::new(reason)
         }
     }
 }
 
 impl Endpoint {
-    fn open(
+    /// Opens a connection, by the first of the host's addresses that leads to a broker.
+    pub(super) fn open(
         &self,
         endpoints: &Endpoints,
         purpose: &str,
@@ -211,18 +190,42 @@ impl Endpoint {
         sink: &dyn Fn() -> Box<dyn Sink>,
     ) -> Result<Connection, Failure> {
         let addresses = self.resolve(deadline)?;
-        let mut last = Failure::new("the name has no address");
-        // `localhost` is two addresses, and most brokers listen on one of them.
+        self.open_first(&addresses, endpoints, purpose, deadline, sink)
+    }
+
+    fn open_first(
+        &self,
+        addresses: &[SocketAddr],
+        endpoints: &Endpoints,
+        purpose: &str,
+        deadline: Instant,
+        sink: &dyn Fn() -> Box<dyn Sink>,
+    ) -> Result<Connection, Failure> {
+        let mut told = Failure::new("the name has no address");
+        // `localhost` is two addresses, and most brokers listen on one of them. On the other may be
+        // a proxy that accepts, and closes at once.
         for (index, address) in addresses.iter().enumerate() {
             let deadline = share_of(deadline, addresses.len() - index);
-            match TcpStream::connect_timeout(address, time_left(deadline)) {
-                Ok(socket) => {
-                    return self.shake_hands(socket, endpoints, purpose, deadline, sink());
-                }
-                Err(error) => last = Failure::io(&format!("connecting to {address}"), error),
+            let opened = TcpStream::connect_timeout(address, time_left(deadline))
+                .map_err(|error| Failure::io(&format!("connecting to {address}"), error))
+                .and_then(|socket| {
+                    self.shake_hands(socket, endpoints, purpose, deadline, sink())
+                        .map_err(|failure| Failure {
+                            stage: failure.stage.max(Stage::Connected),
+                            ..failure
+                        })
+                });
+            match opened {
+                Ok(connection) => return Ok(connection),
+                // Who got further has more to tell.
+                Err(failure) if failure.stage >= told.stage => told = failure,
+                Err(_) => {}
+            }
+            if told.stage == Stage::Refused {
+                break;
             }
         }
-        Err(last)
+        Err(told)
     }
 
     /// The addresses of the host. The system's resolver cannot be interrupted, so it runs in a
@@ -336,15 +339,15 @@ impl Endpoint {
             }
             // RabbitMQ closes the socket without a word on wrong credentials, and also while it
             // is still booting.
-            Err(amiquip::Error::InvalidCredentials) if self.external => Err(Failure::new(
+            Err(amiquip::Error::InvalidCredentials) if self.external => Err(Failure::refused(
                 "it refused our certificate as a user (wrong name in it? or still starting?)",
             )),
             Err(amiquip::Error::InvalidCredentials) => {
-                Err(Failure::new(refused_user(&self.user, peer.ok())))
+                Err(Failure::refused(refused_user(&self.user, peer.ok())))
             }
             // It says what it is about.
             Err(error @ amiquip::Error::ServerClosedConnection { .. }) => {
-                Err(Failure::new(describe(&error)))
+                Err(Failure::refused(describe(&error)))
             }
             Err(error) => {
                 const PORT: &str = "is this its port for amqp://? 5672 is the usual one; to 5671 \
@@ -389,6 +392,38 @@ fn refused_user(user: &str, peer: Option<SocketAddr>) -> String {
 mod tests {
     use super::*;
     use crossbeam_channel::unbounded;
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    #[test]
+    fn an_address_that_accepts_and_fails_does_not_hide_the_next_one_of_the_name() {
+        let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
+        let closed = listen().local_addr().unwrap();
+        // As a proxy for a container does: it accepts, finds nobody behind, and closes.
+        let proxy = listen();
+        let next = listen();
+        let addresses = [&proxy, &next].map(|listener| listener.local_addr().unwrap());
+        let addresses = [addresses[0], closed, addresses[1]];
+        let endpoints = Endpoints::default();
+        let attempt = thread::spawn(move || {
+            let (events, _told) = unbounded();
+            let deadline = Instant::now() + Duration::from_secs(20);
+            let sink = || -> Box<dyn Sink> { Box::new(events.clone()) };
+            endpoints.list[0]
+                .open_first(&addresses, &endpoints, "test", deadline, &sink)
+                .map(drop)
+                .map_err(|failure| failure.reason)
+        });
+        drop(proxy.accept().unwrap());
+        // It says that it speaks another version of AMQP.
+        let (mut socket, _) = next.accept().unwrap();
+        socket.write_all(b"AMQP\0\0\x09\x09").unwrap();
+        let reason = attempt.join().unwrap().unwrap_err();
+        assert!(
+            !reason.contains("refused"),
+            "who got further tells: {reason}"
+        );
+    }
 
     #[test]
     fn guest_is_let_in_only_from_the_brokers_own_machine() {
@@ -404,16 +439,5 @@ mod tests {
             let told = reason.contains("only from its own machine");
             assert_eq!(told, is_told, "{user} {peer}: {reason}");
         }
-    }
-
-    #[test]
-    fn a_name_that_does_not_resolve_is_unreachable_and_says_so() {
-        let endpoints: Endpoints = "amqp://no-such-host.invalid".parse().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let (events, _told) = unbounded();
-        let error = Connection::open(&endpoints, "test", deadline, &|| Box::new(events.clone()))
-            .map(drop)
-            .unwrap_err();
-        assert!(error.reason().contains("no-such-host.invalid"), "{error:?}");
     }
 }

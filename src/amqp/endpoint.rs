@@ -5,8 +5,10 @@ use crate::amqp::tls::TlsOptions;
 use std::convert::Infallible;
 use std::error::Error;
 use std::fmt;
+use std::fs;
 #[cfg(feature = "tls")]
 use std::mem::take;
+use std::path::PathBuf;
 use std::str::FromStr;
 use url::{Host, ParseError, Url};
 
@@ -43,8 +45,10 @@ const HEARTBEAT_SECONDS: u16 = 10;
 /// <https://www.rabbitmq.com/docs/uri-query-parameters>,
 /// <https://www.rabbitmq.com/docs/heartbeats>.
 ///
-/// The brokers are tried from the first on at each attempt to connect; each gets an equal share of
-/// the time. Printed, they show no password.
+/// The first attempt to connect begins with any of them, later ones with the one that worked last,
+/// and the others follow in turn. While there are others, a broker that does not answer gets a share
+/// of the time that a caller has, and not more than 2 s; twice as much after each round in vain.
+/// Printed, they show no password.
 ///
 /// ```
 /// let brokers: fibrpc::Endpoints = "amqp://app:secret@a.example,amqp://app:secret@b.example".parse()?;
@@ -60,6 +64,8 @@ const HEARTBEAT_SECONDS: u16 = 10;
 #[derive(Clone, PartialEq, Eq)]
 pub struct Endpoints {
     pub(super) list: Vec<Endpoint>,
+    /// Where they are written, to be read again.
+    file: Option<PathBuf>,
     #[cfg(feature = "tls")]
     pub(super) tls: TlsOptions,
 }
@@ -98,7 +104,7 @@ pub struct InvalidUrl(String);
 
 impl fmt::Display for InvalidUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "invalid broker URL: {}", self.0)
+        f.write_str(&self.0)
     }
 }
 
@@ -122,9 +128,45 @@ impl Endpoints {
     fn new(list: Vec<Endpoint>) -> Endpoints {
         Endpoints {
             list,
+            file: None,
             #[cfg(feature = "tls")]
             tls: TlsOptions::default(),
         }
+    }
+
+    /// Brokers whose URLs are in a file, as [`Endpoints`] has them, blanks and line ends around them
+    /// or not. It is read now, and again at each attempt to connect: so a password that is changed
+    /// there needs no restart. What cannot be read or used then makes the attempt fail.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidUrl`]: the file cannot be read, or a URL in it cannot be used.
+    ///
+    /// ```no_run
+    /// use fibrpc::{Client, Endpoints};
+    ///
+    /// let client = Client::new(Endpoints::from_file("/run/secrets/broker-url")?)?;
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
+    pub fn from_file(file: impl Into<PathBuf>) -> Result<Endpoints, InvalidUrl> {
+        let file = file.into();
+        let name = file.display();
+        let urls = fs::read_to_string(&file)
+            .map_err(|error| InvalidUrl(format!("cannot read {name}: {error}")))?;
+        let list = parse_urls(&urls)
+            .map_err(|error| InvalidUrl(format!("invalid broker URL in {name}: {error}")))?;
+        Ok(Endpoints {
+            file: Some(file),
+            ..Endpoints::new(list)
+        })
+    }
+
+    /// Reads the file again, if they come from one.
+    pub(super) fn read_again(&mut self) -> Result<(), InvalidUrl> {
+        if let Some(file) = &self.file {
+            self.list = Endpoints::from_file(file)?.list;
+        }
+        Ok(())
     }
 
     /// How many brokers there are.
@@ -177,19 +219,9 @@ impl FromStr for Endpoints {
     /// (without the feature `tls`: than `amqp`), an unknown parameter or value, a `#`, or a part
     /// that cannot be decoded.
     fn from_str(urls: &str) -> Result<Endpoints, InvalidUrl> {
-        // Some editors put a mark in front of a file.
-        let urls = urls.trim().trim_start_matches('\u{feff}');
-        let endpoints: Result<Vec<_>, _> = urls
-            .split(',')
-            .enumerate()
-            .map(|(index, url)| {
-                parse_url(url.trim()).map_err(|error| match index {
-                    0 => error,
-                    _ => format!("{error} ({COMMA})"),
-                })
-            })
-            .collect();
-        endpoints.map(Endpoints::new).map_err(InvalidUrl)
+        parse_urls(urls)
+            .map(Endpoints::new)
+            .map_err(|error| InvalidUrl(format!("invalid broker URL: {error}")))
     }
 }
 
@@ -222,6 +254,20 @@ impl From<&Endpoints> for Endpoints {
     fn from(endpoints: &Endpoints) -> Endpoints {
         endpoints.clone()
     }
+}
+
+fn parse_urls(urls: &str) -> Result<Vec<Endpoint>, String> {
+    // Some editors put a mark in front of a file.
+    let urls = urls.trim().trim_start_matches('\u{feff}');
+    urls.split(',')
+        .enumerate()
+        .map(|(index, url)| {
+            parse_url(url.trim()).map_err(|error| match index {
+                0 => error,
+                _ => format!("{error} ({COMMA})"),
+            })
+        })
+        .collect()
 }
 
 /// What may be wrong with a URL behind a comma.

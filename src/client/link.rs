@@ -11,7 +11,7 @@ use crate::message::headers::Headers;
 use crate::message::{MESSAGE_MAX, TEXT_PLAIN, check_content_type, check_queue_name};
 use crossbeam_channel::Sender;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -93,6 +93,8 @@ pub(crate) struct Link {
     pub reply_to: String,
     /// The way to the connection manager, for what is not about a call.
     pub events: Sender<Incoming>,
+    /// Whether a reply has come by it.
+    pub was_useful: AtomicBool,
     publishing: Mutex<Publishing>,
     /// Where the broker confirms what is published: what it has not confirmed yet, in order.
     unconfirmed: Option<Mutex<VecDeque<(Place, CorrelationId)>>>,
@@ -121,6 +123,7 @@ impl Link {
             outbox,
             reply_to,
             events,
+            was_useful: AtomicBool::new(false),
             publishing: Mutex::new(Publishing { channel, count: 0 }),
             unconfirmed: confirms.then(Mutex::default),
         }

@@ -4,6 +4,7 @@
 //! unanswered, asks after queues, and closes. So nothing that hangs holds a caller past its
 //! deadline.
 
+use crate::amqp::brokers::Brokers;
 use crate::amqp::channel::{Channel, SETUP_TIME};
 use crate::amqp::connection::Connection;
 use crate::amqp::error::GONE;
@@ -74,6 +75,7 @@ impl Manager {
     /// Works until the client is closed.
     pub fn run(self) {
         let mut backoff = Backoff::default();
+        let mut brokers = Brokers::new(self.shared.options.endpoints.clone());
         loop {
             match self.next_task() {
                 Task::End => return,
@@ -84,10 +86,17 @@ impl Manager {
                 }
                 Task::Connect => {}
             }
-            let began = Instant::now();
-            let error = self.connect_and_serve();
+            let mut linked = None;
+            let error = self.connect_and_serve(&mut brokers, &mut linked);
             self.shared.lock().blocked = None;
-            backoff.held_for(began.elapsed());
+            // One that was lost as soon as it was made, and again, is not made again at once.
+            if let Some(link) = linked {
+                let was_useful = link.was_useful.load(Ordering::Relaxed);
+                backoff.held_for(match was_useful {
+                    true => FAR_FUTURE,
+                    false => link.since.elapsed(),
+                });
+            }
             if let Some(error) = error
                 && self.may_retry_after(&error)
             {
@@ -143,10 +152,15 @@ impl Manager {
     }
 
     /// Connects, and serves the link until it is lost or the client closed. Returns why it was
-    /// lost; `None` if it was not.
-    fn connect_and_serve(&self) -> Option<Error> {
+    /// lost; `None` if it was not. Leaves the link in `linked`, if there was one.
+    fn connect_and_serve(
+        &self,
+        brokers: &mut Brokers,
+        linked: &mut Option<Arc<Link>>,
+    ) -> Option<Error> {
         let options = &self.shared.options;
         let deadline = Instant::now() + CONNECT_TIME;
+        let wanted_by = self.shared.lock().earliest_deadline().unwrap_or(deadline);
         let (events, told) = unbounded();
         let sink = || -> Box<dyn Sink> {
             Box::new(ReplySink {
@@ -154,11 +168,11 @@ impl Manager {
                 events: events.clone(),
             })
         };
-        let mut connection = match Connection::open(&options.endpoints, "client", deadline, &sink) {
+        let mut connection = match brokers.connect("client", wanted_by, deadline, &sink) {
             Ok(connection) => connection,
             Err(error) => return Some(error.into()),
         };
-        let served = self.set_up_and_serve(&mut connection, events, &told);
+        let served = self.set_up_and_serve(&mut connection, events, &told, linked);
         // amiquip tells the true cause only when closed.
         let reason = match (served, connection.close()) {
             (Ok(()), _) => return None,
@@ -191,6 +205,7 @@ impl Manager {
         connection: &mut Connection,
         events: Sender<Incoming>,
         told: &Receiver<Incoming>,
+        linked: &mut Option<Arc<Link>>,
     ) -> Result<(), String> {
         let reason = |error: crate::amqp::error::Error| error.reason().to_owned();
         let consuming = connection.open_channel().map_err(reason)?;
@@ -213,6 +228,7 @@ impl Manager {
                 );
                 let link = Link::new(ends, publishing, reply_to, events, confirms);
                 let link = self.link_up(link);
+                *linked = Some(Arc::clone(&link));
                 let end = self.serve(&link, connection, consuming.id(), told);
                 self.shared.report_broken(link.generation);
                 end

@@ -308,7 +308,10 @@ impl Shared {
         is_mine: impl Fn(CorrelationId) -> bool,
     ) -> Option<Settled> {
         match incoming {
-            Incoming::Delivery(Delivery { message, .. }) => self.accept_reply(message, is_mine),
+            Incoming::Delivery(Delivery { message, .. }) => {
+                link.was_useful.store(true, Ordering::Relaxed);
+                self.accept_reply(message, is_mine)
+            }
             Incoming::Returned(message) => self.accept_return(link, &message, is_mine),
             Incoming::Confirm(confirm) => {
                 self.accept_confirm(link, confirm);
@@ -518,6 +521,16 @@ impl State {
     pub fn has_work(&self) -> bool {
         let now = Instant::now();
         self.pending.values().any(|pending| !pending.is_over(now))
+    }
+
+    /// When the first of those gives up who wait for something.
+    pub fn earliest_deadline(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let waiting = self
+            .pending
+            .values()
+            .filter(|pending| !pending.is_over(now));
+        waiting.map(|pending| pending.deadline).min()
     }
 
     /// Marks what is overdue as unsent; says how many those are.

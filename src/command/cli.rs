@@ -14,7 +14,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
-use std::{env, fs, io};
+use std::{env, io};
 
 /// Synchronous RPC over RabbitMQ: the tutorial's Fibonacci server and its client
 #[derive(Debug, Parser)]
@@ -361,9 +361,7 @@ impl Global {
         let wrong = |from: &str, error: &dyn Display| usage(format!("{from}: {error}"));
         let endpoints = match (&self.url_file, &self.url) {
             (Some(file), _) => {
-                let from = format!("--url-file {}", file.display());
-                let url = fs::read_to_string(file).map_err(|error| wrong(&from, &error))?;
-                url.parse().map_err(|error| wrong(&from, &error))?
+                Endpoints::from_file(file).map_err(|error| wrong("--url-file", &error))?
             }
             (None, Some(url)) => url.parse().map_err(|error| {
                 let is_set = env::var("AMQP_URL").is_ok_and(|set| set == *url);

@@ -4,6 +4,7 @@
 //! A worker that is still busy with a request of the old channel is not disturbed; there are never
 //! more handlers running than workers.
 
+use crate::amqp::brokers::Brokers;
 use crate::amqp::channel::{Channel, SETUP_TIME};
 use crate::amqp::connection::Connection;
 use crate::amqp::error::{Error as AmqpError, GONE};
@@ -32,6 +33,9 @@ const RECONNECT_TIME: Duration = Duration::from_secs(10);
 /// long.
 const GRACE: Duration = Duration::from_millis(250);
 
+/// With less time than that, a first start does not try again.
+const LAST_ATTEMPT_TIME: Duration = Duration::from_millis(50);
+
 /// How long a server that has nothing left to do waits for the broker to confirm that it consumes
 /// no more.
 const CANCEL_TIME: Duration = Duration::from_secs(1);
@@ -49,6 +53,7 @@ pub(crate) struct Supervisor {
     /// Counts attempts to connect, from 1. What came in by an earlier one is of no interest any
     /// more.
     pub number: u64,
+    pub brokers: Brokers,
 }
 
 /// The first start, which has a deadline.
@@ -85,7 +90,6 @@ impl Supervisor {
     fn serve_connections(&mut self) -> Result<(), Error> {
         let mut backoff = Backoff::default();
         while let Some(mut connection) = self.connect(&mut backoff)? {
-            let began = Instant::now();
             let mut channels = Channels::default();
             let mut error = match self.serve(&mut connection, &mut channels) {
                 End::Stopping => return self.drain(&mut connection, channels),
@@ -106,9 +110,9 @@ impl Supervisor {
                 connection.name,
                 error.reason()
             );
-            backoff.held_for(began.elapsed());
-            let wait = backoff.next();
-            self.check_patience(error, wait)?;
+            let announced = channels.announced;
+            backoff.held_for(announced.map_or(Duration::ZERO, |at| at.elapsed()));
+            let wait = self.check_patience(error, backoff.next())?;
             if self.stopped_within(wait) {
                 break;
             }
@@ -124,9 +128,8 @@ impl Supervisor {
                 Some(Ok(connection)) => return Ok(Some(connection)),
                 Some(Err(error)) => error,
             };
-            let wait = backoff.next();
             let said = error.to_string();
-            self.check_patience(error, wait)?;
+            let wait = self.check_patience(error, backoff.next())?;
             log::warn!("{said}; trying again in {wait:.1?}");
             if self.stopped_within(wait) {
                 return Ok(None);
@@ -134,15 +137,16 @@ impl Supervisor {
         }
     }
 
-    /// A server that has started once tries again for ever. Before that, until its time is up, or
-    /// the broker has said that it does not let us have the queue.
+    /// How long to wait before the next attempt, of the wait that is due. A server that has started
+    /// once tries again for ever. Before that, until its time is up, or the broker has said that it
+    /// does not let us have the queue.
     ///
     /// # Errors
     ///
     /// Why it could not start.
-    fn check_patience(&mut self, error: Error, wait: Duration) -> Result<(), Error> {
+    fn check_patience(&mut self, error: Error, wait: Duration) -> Result<Duration, Error> {
         let Some(starting) = &mut self.starting else {
-            return Ok(());
+            return Ok(wait);
         };
         let error = match error {
             // It was reached, and does not let us begin.
@@ -153,16 +157,19 @@ impl Supervisor {
             },
             other => other,
         };
-        let now = Instant::now();
+        let left = starting
+            .give_up_at
+            .saturating_duration_since(Instant::now());
         if matches!(error, Error::QueueRefused { .. }) {
             Err(error)
-        } else if now >= starting.give_up_at {
+        } else if left.is_zero() {
             Err(after_another(starting.latest.take(), error))
-        } else if now + wait >= starting.give_up_at {
+        } else if left < LAST_ATTEMPT_TIME {
             Err(error)
         } else {
             starting.latest = Some(error);
-            Ok(())
+            // All the time is used, and in the end there is some for an attempt.
+            Ok(wait.min(left / 2))
         }
     }
 
@@ -174,7 +181,7 @@ impl Supervisor {
             None => (Instant::now() + RECONNECT_TIME, FAR_FUTURE),
         };
         let (done, outcome) = bounded(1);
-        let options = self.options.clone();
+        let mut brokers = self.brokers.clone();
         self.number += 1;
         self.queue.begin_session(self.number);
         let (queue, number) = (Arc::clone(&self.queue), self.number);
@@ -183,9 +190,9 @@ impl Supervisor {
                 let queue = Arc::clone(&queue);
                 Box::new(RequestSink { queue, number })
             };
-            let connection = Connection::open(&options.endpoints, "server", deadline, &sink);
+            let connection = brokers.connect("server", deadline, deadline, &sink);
             // If nobody waits any more, the connection is dropped here, which closes it.
-            let _ = done.send(connection.map_err(Error::from));
+            let _ = done.send((brokers, connection.map_err(Error::from)));
         };
         let spawned = thread::Builder::new()
             .name("fibrpc-connect".to_owned())
@@ -198,9 +205,13 @@ impl Supervisor {
             reason: reason.to_owned(),
         };
         select! {
-            recv(outcome) -> outcome => Some(outcome.unwrap_or_else(|RecvError| {
-                Err(lost("the attempt to connect panicked"))
-            })),
+            recv(outcome) -> outcome => Some(match outcome {
+                Ok((brokers, connection)) => {
+                    self.brokers = brokers;
+                    connection
+                }
+                Err(RecvError) => Err(lost("the attempt to connect panicked")),
+            }),
             recv(self.stop) -> _ => None,
             default(patience) => Some(Err(lost("the broker does not answer"))),
         }
@@ -335,7 +346,7 @@ impl Supervisor {
                         continue; // one on which we have asked after the queue
                     }
                     channels.consuming.remove(&id);
-                    if !channels.announced {
+                    if channels.announced.is_none() {
                         return Err(match queue::refusal(&self.options.queue, &close) {
                             Some(refusal) => refusal.into(),
                             None => lost(&close.to_string()),
@@ -390,9 +401,10 @@ impl Supervisor {
 
     /// Every channel consumes: the workers may begin.
     fn announce(&mut self, connection: &Connection, channels: &mut Channels) {
-        if std::mem::replace(&mut channels.announced, true) {
+        if channels.announced.is_some() {
             return;
         }
+        channels.announced = Some(Instant::now());
         // Whoever reads of a lost connection wants to read of its return.
         let level = match self.starting {
             Some(_) => Level::Info,
@@ -510,8 +522,8 @@ struct Channels {
     open: HashMap<u16, Arc<Channel>>,
     /// Those of them on which the broker has begun to deliver.
     consuming: HashSet<u16>,
-    /// Whether all of them have consumed once.
-    announced: bool,
+    /// When all of them consumed, if that was so.
+    announced: Option<Instant>,
     /// When others are to be opened in place of those that were lost.
     reopen_at: Option<Instant>,
     /// When the latest were opened.
@@ -523,7 +535,7 @@ impl Default for Channels {
         Channels {
             open: HashMap::new(),
             consuming: HashSet::new(),
-            announced: false,
+            announced: None,
             reopen_at: None,
             opened: Instant::now(),
         }

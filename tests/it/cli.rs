@@ -87,11 +87,11 @@ fn usage_errors_end_with_2_name_the_argument_and_tell_no_password() {
         (&["server", "--queue", "amq.mine"], "for the broker itself"),
         (
             &["status", "--url-file", "/"],
-            "--url-file /: Is a directory",
+            "cannot read /: Is a directory",
         ),
         (
             &["status", "--url-file", "/dev/null"],
-            "--url-file /dev/null",
+            "invalid broker URL in /dev/null",
         ),
         (
             &["status", "--url", "amqp://h:0"],
@@ -888,7 +888,7 @@ fn a_url_can_come_from_a_file() {
     let missing = run(fibrpc("", &queue).args(["call", "30", "--url-file", "/no/such/file"]));
     assert_eq!(missing.code(), Some(2));
     assert!(
-        missing.stderr.contains("--url-file /no/such/file"),
+        missing.stderr.contains("cannot read /no/such/file"),
         "{}",
         missing.stderr
     );

@@ -4,6 +4,7 @@ mod bench;
 mod chaos;
 mod cli;
 mod cluster;
+mod connecting;
 mod examples;
 mod failures;
 #[allow(dead_code)] // it is the command's
