@@ -2,7 +2,7 @@
 //! back, again and again. Servers and clients are told nothing but the three URLs. `make cluster`
 //! kills ten times, `make test` once.
 
-use crate::chaos::{Tally, from_environment, load};
+use crate::chaos::{Kind, Tally, from_environment, load};
 use crate::support::{Caller, PATIENCE, fibrpc, root, run, server, unique};
 use fibrpc::ClientStats;
 use std::fs;
@@ -171,8 +171,9 @@ fn a_cluster_that_loses_any_node_loses_no_call() {
                     let (url, queue, over, pulse) = (cluster.url(index), &queue, &over, &pulse);
                     scope.spawn(move || {
                         let client = Caller::new(&url, queue, |client| client);
-                        let tally =
-                            load(&client, index as u64, over, |latency| pulse.beat(latency));
+                        let tally = load(&client, Kind::Steady, index as u64, over, |latency| {
+                            pulse.beat(latency)
+                        });
                         (tally, client.stats())
                     })
                 })

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// A proxy in front of a broker. Of each connection, it passes on so many bytes a second to the
-/// broker, and everything at once the other way. After a pause it takes its time to begin, as a
-/// radio does.
+/// broker, and unless told otherwise everything at once the other way. After a pause it takes its
+/// time to begin, as a radio does.
 pub struct SlowLine {
     /// The broker's URL, by way of this line.
     pub url: String,
@@ -18,6 +18,16 @@ pub struct SlowLine {
 
 impl SlowLine {
     pub fn start(url: &str, bytes_per_second: usize, begins_after: Duration) -> SlowLine {
+        SlowLine::open(url, (bytes_per_second, begins_after), None)
+    }
+
+    /// One that is slow both ways.
+    pub fn both_ways(url: &str, bytes_per_second: usize) -> SlowLine {
+        let slowly = (bytes_per_second, Duration::ZERO);
+        SlowLine::open(url, slowly, Some(slowly))
+    }
+
+    fn open(url: &str, there: Slowly, back: Option<Slowly>) -> SlowLine {
         let mut url = url::Url::parse(url).unwrap();
         let host = url.host_str().filter(|host| !host.is_empty());
         let host = host.unwrap_or("localhost").to_owned();
@@ -31,12 +41,14 @@ impl SlowLine {
         // Its threads end with the connections, and with the test.
         thread::spawn(move || {
             for near in listener.incoming() {
-                let (near, far) = (near.unwrap(), TcpStream::connect(broker.clone()).unwrap());
-                let back = (far.try_clone().unwrap(), near.try_clone().unwrap());
-                let slowly = (bytes_per_second, begins_after);
+                // Without a broker, the connection is closed.
+                let (Ok(near), Ok(far)) = (near, TcpStream::connect(broker.clone())) else {
+                    continue;
+                };
+                let (from, to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
                 let line = Arc::clone(&line);
-                thread::spawn(move || pass_on(&near, &far, Some((slowly, &line))));
-                thread::spawn(move || pass_on(&back.0, &back.1, None));
+                thread::spawn(move || pass_on(&near, &far, Some(there), &line));
+                thread::spawn(move || pass_on(&from, &to, back, &AtomicUsize::new(0)));
             }
         });
         let url = url.into();
@@ -53,12 +65,12 @@ impl SlowLine {
 type Slowly = (usize, Duration);
 
 /// Passes on what is read, until one side has closed the connection.
-fn pass_on(mut from: &TcpStream, mut to: &TcpStream, slowly: Option<(Slowly, &AtomicUsize)>) {
-    to.set_nodelay(true).unwrap();
+fn pass_on(mut from: &TcpStream, mut to: &TcpStream, slowly: Option<Slowly>, passed: &AtomicUsize) {
+    let _ = to.set_nodelay(true);
     let mut bytes = vec![0; 16 << 10];
     let mut ready_at = Instant::now();
     while let Ok(len @ 1..) = from.read(&mut bytes) {
-        if let Some(((rate, begins_after), passed)) = slowly {
+        if let Some((rate, begins_after)) = slowly {
             let now = Instant::now();
             if now > ready_at + begins_after {
                 ready_at = now + begins_after;
