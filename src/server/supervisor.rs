@@ -32,8 +32,8 @@ const RECONNECT_TIME: Duration = Duration::from_secs(10);
 /// long.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// How long a server that has nothing left to do waits for the broker to confirm that it consumes
-/// no more.
+/// How long a server that has nothing left to do, and nothing left to write, waits for the broker
+/// to confirm that it consumes no more.
 const CANCEL_TIME: Duration = Duration::from_secs(1);
 
 /// The thread that keeps a server connected.
@@ -351,7 +351,7 @@ impl Supervisor {
     fn drain(&mut self, connection: &mut Connection, channels: Vec<Channel>) -> Result<(), Error> {
         let time = self.options.drain_timeout;
         let deadline = after(Instant::now(), time);
-        let give_up_at = deadline.min(Instant::now() + CANCEL_TIME);
+        let mut give_up_at = deadline.min(Instant::now() + CANCEL_TIME);
         // Whatever may still block gets an error when the time is up.
         let _watchdog = connection.outbox.abort_after(time);
         self.queue.stop();
@@ -360,6 +360,7 @@ impl Supervisor {
             let _ = connection.outbox.send(Some(deadline), cancel);
         }
         let mut cancelled = 0;
+        let mut written = connection.outbox.written();
         loop {
             let (busy, backlog) = self.queue.take_backlog();
             for Task { delivery, .. } in backlog {
@@ -374,6 +375,13 @@ impl Supervisor {
                 return Ok(());
             }
             if busy == 0 && Instant::now() >= give_up_at {
+                // A large reply may be ahead of what we have said. It takes the time that it takes.
+                let latest = connection.outbox.written();
+                if latest != written && Instant::now() < deadline {
+                    written = latest;
+                    give_up_at = deadline.min(Instant::now() + CANCEL_TIME);
+                    continue;
+                }
                 // The broker does not listen; it gives back what it has given us when it finds
                 // the connection closed.
                 let _ = connection.close();
