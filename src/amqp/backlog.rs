@@ -22,6 +22,8 @@ pub(crate) struct Backlog {
     len: usize,
     /// How many of those are in the chunk that has begun to leave.
     leaving: usize,
+    /// How many bytes have left, ever.
+    written: u64,
     /// Empty buffers for the next chunks.
     spares: Vec<Vec<u8>>,
 }
@@ -67,6 +69,11 @@ impl Backlog {
     /// How many bytes wait behind the chunk that has begun to leave.
     pub fn behind(&self) -> usize {
         self.len - self.leaving
+    }
+
+    /// How many bytes have left, ever.
+    pub fn written(&self) -> u64 {
+        self.written
     }
 
     /// Takes the frames that `encode` appends, which are not many; it may append none.
@@ -119,6 +126,7 @@ impl Backlog {
     /// Puts what was taken out back, after its next `written` bytes have left.
     pub fn put_back(&mut self, chunk: Chunk, written: usize) {
         self.len -= written;
+        self.written += written as u64;
         self.leaving = chunk.left().len();
         if chunk.frames.is_empty() {
             self.keep(chunk.frames);

@@ -152,6 +152,11 @@ impl Outbox {
         self.write(self.lock(), TURN_TIME);
     }
 
+    /// How many bytes have left, ever. While it grows, the broker reads.
+    pub fn written(&self) -> u64 {
+        self.lock().backlog.written()
+    }
+
     fn lock_with_room(&self) -> Result<MutexGuard<'_, State>, NotSent> {
         let state = self.lock();
         if state.down {

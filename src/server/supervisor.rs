@@ -36,8 +36,8 @@ const GRACE: Duration = Duration::from_millis(250);
 /// With less time than that, a first start does not try again.
 const LAST_ATTEMPT_TIME: Duration = Duration::from_millis(50);
 
-/// How long a server that has nothing left to do waits for the broker to confirm that it consumes
-/// no more.
+/// How long a server that has nothing left to do, and nothing left to write, waits for the broker
+/// to confirm that it consumes no more.
 const CANCEL_TIME: Duration = Duration::from_secs(1);
 
 /// The thread that keeps a server connected.
@@ -449,7 +449,7 @@ impl Supervisor {
             channel.say(put_cancel);
         }
         let mut closing = false;
-        let mut idle_since = None;
+        let (mut written, mut quiet_since) = (0, Instant::now());
         loop {
             let (busy, backlog) = self.queue.take_backlog();
             for (channel, tag) in backlog {
@@ -463,10 +463,15 @@ impl Supervisor {
                     channel.close();
                 }
             }
+            // A large reply may be ahead of what we have said. It takes the time that it takes.
+            let latest = connection.outbox.written();
+            if busy > 0 || latest != written {
+                (written, quiet_since) = (latest, Instant::now());
+            }
             // Or the broker does not listen; it gives back what it has given us when it finds the
             // connection closed.
             let give_up_at = match busy {
-                0 => *idle_since.get_or_insert_with(Instant::now) + CANCEL_TIME,
+                0 => quiet_since + CANCEL_TIME,
                 _ => deadline,
             };
             let is_deaf = busy == 0 && Instant::now() >= give_up_at;

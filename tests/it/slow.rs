@@ -112,3 +112,19 @@ fn a_large_reply_holds_up_no_other_worker() {
         assert_eq!(len, if answer.key == "large" { LARGE / 2 } else { 5 });
     }
 }
+
+#[test]
+fn a_server_that_is_stopped_lets_a_large_reply_leave() {
+    let line = SlowLine::start(&url(), FULL, STILL);
+    let queue = unique("slow-drain");
+    let server = Server::new(&*line.url).unwrap().queue(&queue).workers(2);
+    let serving = server.start(|_| Ok(vec![1; LARGE / 2])).unwrap();
+    let caller = client(&url(), &queue, PATIENCE);
+    let call = thread::spawn({
+        let caller = caller.clone();
+        move || caller.call("").map(|body| body.len())
+    });
+    eventually("its reply begins to leave", || line.passed() > 1 << 20);
+    assert_eq!(serving.stop().unwrap().answered, 1);
+    assert_eq!(call.join().unwrap().unwrap(), LARGE / 2);
+}
