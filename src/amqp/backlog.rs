@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 const CHUNK_MAX: usize = 64 << 10;
 
 /// How much of empty buffers is kept, in bytes: the memory of a new one costs more than its use.
-const BUFFERS_KEPT_MAX: usize = 1 << 20;
+const BUFFERS_KEPT_MAX: usize = 2 << 20;
 
 /// What waits to be written, in order.
 #[derive(Default)]
