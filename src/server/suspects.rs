@@ -35,6 +35,9 @@ impl Key {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Known {
+    /// It has come back before we were told that the channel of that number, on which it was
+    /// answered, is closed. Why it was will be known in a moment.
+    ToBeTold(u16),
     Suspect,
     Guilty(CloseReason),
 }
@@ -58,16 +61,21 @@ pub(crate) struct Suspects {
 
 impl Suspects {
     /// A request has come back. If it was answered on a channel that we take for open, then that
-    /// one has died, and we have not been told yet.
-    pub fn has_come_back(&mut self, key: Key) {
-        if self.sent.values().flatten().any(|sent| *sent == key) {
-            self.known.entry(key).or_insert(Known::Suspect);
-        }
+    /// one has died, and we have not been told yet: its number is returned, and is to be asked for
+    /// a sign of life ([`Suspects::acquit`]).
+    pub fn has_come_back(&mut self, key: Key) -> Option<u16> {
+        let (&channel, _) = self.sent.iter().find(|(_, sent)| sent.contains(&key))?;
+        self.known.entry(key).or_insert(Known::ToBeTold(channel));
+        Some(channel)
     }
 
     /// Whether a request may be begun now.
     pub fn may_begin(&self, key: Key) -> bool {
-        self.trial.is_none() || self.known.get(&key) != Some(&Known::Suspect)
+        match self.known.get(&key) {
+            Some(Known::ToBeTold(_)) => false,
+            Some(Known::Suspect) => self.trial.is_none(),
+            Some(Known::Guilty(_)) | None => true,
+        }
     }
 
     /// Begins a request that has come back; why its reply cannot be sent, if that is known.
@@ -78,6 +86,7 @@ impl Suspects {
                 self.trial = Some(Trial { key, channel: None });
                 None
             }
+            Known::ToBeTold(_) => None, // not begun
         }
     }
 
@@ -108,6 +117,8 @@ impl Suspects {
     /// As [`Suspects::clear`], after it was asked to say so.
     pub fn acquit(&mut self, channel: u16) {
         self.clear(channel);
+        self.known
+            .retain(|_, known| *known != Known::ToBeTold(channel));
         if let Some(trial) = self.trial.take_if(|trial| trial.channel == Some(channel)) {
             self.known.remove(&trial.key);
         }
@@ -123,6 +134,8 @@ impl Suspects {
     pub fn channel_closed(&mut self, channel: u16, reason: &CloseReason) {
         let sent = self.sent.remove(&channel).unwrap_or_default();
         self.accuse(sent, reason);
+        self.known
+            .retain(|_, known| *known != Known::ToBeTold(channel));
         self.trial.take_if(|trial| trial.channel == Some(channel));
     }
 
@@ -132,6 +145,8 @@ impl Suspects {
         if let Some(reason) = reason {
             self.accuse(sent.into_values().flatten(), reason);
         }
+        self.known
+            .retain(|_, known| !matches!(known, Known::ToBeTold(_)));
         self.trial.take_if(|trial| trial.channel.is_some());
     }
 
@@ -154,8 +169,8 @@ impl Suspects {
         for key in sent {
             if alone {
                 self.known.insert(key, Known::Guilty(reason.clone()));
-            } else {
-                self.known.entry(key).or_insert(Known::Suspect);
+            } else if !matches!(self.known.get(&key), Some(Known::Guilty(_))) {
+                self.known.insert(key, Known::Suspect);
             }
         }
     }
@@ -211,17 +226,34 @@ mod tests {
     }
 
     #[test]
-    fn one_that_comes_back_before_its_channel_is_known_to_be_dead_is_a_suspect() {
+    fn one_that_comes_back_before_its_channel_is_known_to_be_dead_waits_until_it_is() {
         let mut suspects = Suspects::default();
         suspects.sent(1, Key(1), 1);
-        suspects.has_come_back(Key(2));
-        suspects.has_come_back(Key(1));
-        assert_eq!(suspects.begin(Key(2)), None);
-        assert_eq!(suspects.begin(Key(1)), None);
-        assert!(!suspects.may_begin(Key(1)), "it is on trial");
-        suspects.sent(2, Key(1), 1);
-        suspects.connection_closed(Some(&fault()));
+        assert_eq!(suspects.has_come_back(Key(2)), None);
+        assert_eq!(suspects.has_come_back(Key(1)), Some(1));
+        assert!(suspects.may_begin(Key(2)));
+        assert!(!suspects.may_begin(Key(1)));
+        suspects.channel_closed(1, &fault());
+        assert!(suspects.may_begin(Key(1)));
         assert_eq!(suspects.begin(Key(1)), Some(fault()));
+        // Or the channel is alive, or was closed for another reason.
+        let timeout = CloseReason {
+            code: 406,
+            text: "PRECONDITION_FAILED - delivery acknowledgement on channel 3 timed out".into(),
+        };
+        suspects.sent(2, Key(3), 1);
+        assert_eq!(suspects.has_come_back(Key(3)), Some(2));
+        suspects.acquit(2);
+        assert!(suspects.may_begin(Key(3)));
+        suspects.sent(3, Key(4), 1);
+        assert_eq!(suspects.has_come_back(Key(4)), Some(3));
+        suspects.channel_closed(3, &timeout);
+        assert!(suspects.may_begin(Key(4)));
+        suspects.sent(4, Key(5), 1);
+        assert_eq!(suspects.has_come_back(Key(5)), Some(4));
+        suspects.connection_closed(None);
+        assert!(suspects.may_begin(Key(5)));
+        assert_eq!(suspects.begin(Key(5)), None);
     }
 
     #[test]

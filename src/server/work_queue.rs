@@ -166,7 +166,10 @@ impl State {
                 orphan.place = Some(Place { channel, tag });
                 return;
             }
-            self.suspects.has_come_back(key);
+            let answered_on = self.suspects.has_come_back(key);
+            if let Some(channel) = answered_on.and_then(|id| self.channels.get(&id)) {
+                channel.say(|out, id| put_qos(out, id, prefetch));
+            }
         }
         self.backlog.push_back(Task {
             delivery,
