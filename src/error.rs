@@ -106,7 +106,7 @@ pub enum Error {
     DrainTimeout {
         /// The drain timeout, as set.
         after: Duration,
-        /// Workers whose handler had not returned.
+        /// Workers whose handler had not returned; 0 if it was a reply that had not left.
         workers: usize,
     },
     /// The server has answered, and its answer cannot be read as what was asked for, such as JSON
@@ -219,6 +219,11 @@ impl fmt::Display for Error {
             Error::QueueRefused { queue, reason } => {
                 write!(f, "the broker refuses the queue '{queue}': {reason}")
             }
+            Error::DrainTimeout { after, workers: 0 } => write!(
+                f,
+                "a reply had not left within the drain timeout of {after:?}; the broker gives its \
+                 request to another server"
+            ),
             Error::DrainTimeout { after, workers } => write!(
                 f,
                 "{workers} of the workers had not finished within the drain timeout of {after:?}; \

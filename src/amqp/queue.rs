@@ -197,13 +197,21 @@ fn declare(
 ) -> Result<Result<Declared, CloseReason>, Error> {
     let channel = connection.open_channel()?;
     channel.say(|out, id| put_declare(out, id, queue));
+    let mut answer = None;
     loop {
         match events.next_of(connection, channel.id()) {
             Ok(ChannelEvent::Declared(declared)) => {
+                answer = Some(declared);
                 channel.close();
-                return Ok(Ok(declared));
             }
             Ok(ChannelEvent::Closed(reason)) => return Ok(Err(reason)),
+            // Not before: a user may have only as many channels as are needed afterwards.
+            Ok(ChannelEvent::ClosedAsAsked) => {
+                let unknown = || Error::Lost {
+                    reason: "it does not say whether the queue exists".to_owned(),
+                };
+                return answer.map(Ok).ok_or_else(unknown);
+            }
             Ok(_) => {}
             // A broker that refuses transient queues closes the connection.
             Err(lost) => {

@@ -8,6 +8,7 @@ use crate::amqp::brokers::Brokers;
 use crate::amqp::channel::{Channel, SETUP_TIME};
 use crate::amqp::connection::Connection;
 use crate::amqp::error::GONE;
+use crate::amqp::frame::reply_code::NOT_ALLOWED;
 use crate::amqp::frame::{
     Properties, Publish, put_confirm_select, put_consume, put_declare, put_publish, put_qos,
 };
@@ -229,8 +230,14 @@ impl Manager {
                 let link = Link::new(ends, publishing, reply_to, events, confirms);
                 let link = self.link_up(link);
                 *linked = Some(Arc::clone(&link));
-                let end = self.serve(&link, connection, consuming.id(), told);
+                let mut questions = HashMap::new();
+                let end = self.serve(&link, connection, consuming.id(), told, &mut questions);
                 self.shared.report_broken(link.generation);
+                // A question has a channel of its own, which may be more than the user may have.
+                let why = connection.inbox.close_reason();
+                if why.is_some_and(|why| why.code == NOT_ALLOWED) && !questions.is_empty() {
+                    self.shared.lock().asks_no_more = true;
+                }
                 end
             }
         };
@@ -346,9 +353,9 @@ impl Manager {
         connection: &mut Connection,
         consuming: u16,
         told: &Receiver<Incoming>,
+        questions: &mut Questions,
     ) -> End {
         let mut looked = Instant::now();
-        let mut questions = HashMap::new();
         let mut retired = VecDeque::new();
         loop {
             let next_look = self.shared.lock().plan_look(looked + RETRY_INTERVAL);
@@ -363,7 +370,7 @@ impl Manager {
             };
             if let Some(incoming) = incoming {
                 connection.note(&incoming);
-                match self.learn(link, consuming, &mut questions, incoming) {
+                match self.learn(link, consuming, questions, incoming) {
                     Ok(Next::GoOn) => {}
                     Ok(Next::ChangeChannel) => {
                         if let Err(end) = self.change_channel(link, connection, &mut retired) {
@@ -382,7 +389,10 @@ impl Manager {
                 if state.broken >= link.generation {
                     return End::Lost(GONE.to_owned());
                 }
-                let asked_after = std::mem::take(&mut state.asked_after);
+                let mut asked_after = std::mem::take(&mut state.asked_after);
+                if state.asks_no_more {
+                    asked_after.clear();
+                }
                 if !asked_after.is_empty() {
                     state.asked_at = Some(Instant::now());
                 }
@@ -402,7 +412,7 @@ impl Manager {
                 }
             }
             for queue in asked_after {
-                ask_after(queue, connection, &mut questions, link);
+                ask_after(queue, connection, questions, link);
             }
         }
     }

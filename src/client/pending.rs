@@ -200,6 +200,9 @@ pub(crate) struct State {
     pub last_error: Option<String>,
     /// The queues that callers want to know about, and what was last found out, and when.
     pub asked_after: HashSet<Arc<str>>,
+    /// Whether a question has cost the connection: the user may have no more channels than are
+    /// needed otherwise.
+    pub asks_no_more: bool,
     /// When the broker was asked last.
     pub asked_at: Option<Instant>,
     pub queues: HashMap<Arc<str>, (Instant, Option<QueueStatus>)>,

@@ -223,6 +223,28 @@ fn a_server_that_needs_more_channels_than_there_are_says_so() {
 }
 
 #[test]
+fn a_question_that_costs_the_connection_is_not_asked_again() {
+    let broker = PrivateBroker::start();
+    broker.ctl(&["add_user", "few", "secret-of-the-test"]);
+    broker.ctl(&["set_permissions", "few", ".*", ".*", ".*"]);
+    broker.ctl(&["set_user_limits", "few", r#"{"max-channels": 2}"#]);
+    let queue = unique("few-channels");
+    let (serving, begun) = serve(&broker.url, &queue, 1, obey);
+    let url = broker.url.replace("guest:guest", "few:secret-of-the-test");
+    let client = Caller::new(&url, &queue, |client| {
+        client.timeout(Duration::from_secs(2))
+    });
+    assert_eq!(client.call("1").unwrap(), b"1");
+    for _ in 0..3 {
+        let error = client.call("5000").unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    }
+    assert!(client.stats().connections <= 2, "{:?}", client.stats());
+    drop(serving);
+    assert!(begun.count() > 0);
+}
+
+#[test]
 fn a_request_that_takes_longer_than_the_broker_waits_is_executed_once_and_answered() {
     let broker = PrivateBroker::start();
     // A second in place of 30 minutes, looked at twice a second.
