@@ -29,6 +29,9 @@ pub(crate) fn diagnosis_time(timeout: Duration) -> Duration {
     DIAGNOSIS_TIME.min(timeout / 5)
 }
 
+/// How long a cluster may take to choose another node for a queue.
+const FAILOVER_TIME: Duration = Duration::from_secs(3);
+
 /// How long the broker may take to confirm a request before it is sent again.
 const CONFIRM_TIME: Duration = Duration::from_secs(1);
 
@@ -385,14 +388,18 @@ impl Shared {
                 continue;
             }
             // Its queue is full, or has lost its node. So it is sent again on another channel, and
-            // the queue asked after. If the queue was there then, and not empty, and it is refused
-            // after that, then the queue is full.
+            // the queue asked after. If the queue was there then, and it is refused after that,
+            // then the queue is full. One that looks empty and unused may be without a node still,
+            // for as long as that takes.
             let queue = Arc::clone(&pending.outgoing.request.queue);
             let is_full = pending.unconfirmed.as_mut().is_none_or(|unconfirmed| {
                 let sent = unconfirmed.sent();
                 let first = *unconfirmed.refused.get_or_insert_with(Instant::now);
                 state.queues.get(&queue).is_some_and(|&(at, status)| {
-                    first < at && at < sent && status.is_some_and(|status| status.ready > 0)
+                    let is_there = |status: QueueStatus| {
+                        status.ready > 0 || status.consumers > 0 || first.elapsed() > FAILOVER_TIME
+                    };
+                    first < at && at < sent && status.is_some_and(is_there)
                 })
             });
             if !is_full {

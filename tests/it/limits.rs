@@ -317,6 +317,32 @@ fn a_full_queue_rejects_a_request_at_once_where_the_broker_confirms() {
     drop(serving);
 }
 
+#[test]
+fn a_request_that_no_room_is_enough_for_is_rejected_though_the_queue_is_empty() {
+    let broker = PrivateBroker::start();
+    let queue = unique("few-bytes");
+    let peer = Peer::connect(&broker.url);
+    let mut arguments = FieldTable::new();
+    arguments.insert("x-max-length-bytes".to_owned(), AmqpValue::LongInt(10));
+    let overflow = AmqpValue::LongString("reject-publish".to_owned());
+    arguments.insert("x-overflow".to_owned(), overflow);
+    let options = QueueDeclareOptions {
+        arguments,
+        ..QueueDeclareOptions::default()
+    };
+    peer.channel.queue_declare(&*queue, options).unwrap();
+    let client = Caller::new(&broker.url, &queue, |client| {
+        client.confirms(Confirms::Always)
+    });
+    // Nobody serves it, and then somebody does.
+    let mut servers = Vec::new();
+    for _ in 0..2 {
+        let error = client.call(vec![b'x'; 100]);
+        assert!(matches!(error, Err(Error::Rejected { .. })), "{error:?}");
+        servers.push(serve(&broker.url, &queue, 1, obey));
+    }
+}
+
 /// An Erlang expression that has the broker suspend or resume the process of a queue.
 fn queue_process(action: &str, queue: &str) -> String {
     format!(
