@@ -331,9 +331,11 @@ impl Manager {
         state.last_error = None;
         state.queues.clear();
         link.generation = state.generation;
-        // Another broker, or its settings, may be others.
-        let message_max = &self.shared.message_max;
-        message_max.store(MESSAGE_MAX, Ordering::Relaxed);
+        // Another broker, or its settings, may be others, unless it is just for that.
+        if !std::mem::take(&mut state.knows_limit) {
+            let message_max = &self.shared.message_max;
+            message_max.store(MESSAGE_MAX, Ordering::Relaxed);
+        }
         let link = Arc::new(link);
         state.link = Some(Arc::clone(&link));
         for pending in state.pending.values() {
@@ -430,14 +432,19 @@ impl Manager {
         incoming: Incoming,
     ) -> Result<Next, End> {
         match incoming {
-            Incoming::Channel(id, ChannelEvent::Closed(reason))
-                if id == consuming || id == link.channel().id() =>
-            {
+            Incoming::Channel(id, ChannelEvent::Closed(reason)) if !questions.contains_key(&id) => {
                 self.refuse_too_long(link, id, &reason);
-                if id == consuming || reason.message_max().is_none() {
+                let is_current = id == link.channel().id();
+                if id == consuming || is_current && reason.message_max().is_none() {
+                    self.shared.lock().knows_limit = reason.message_max().is_some();
                     return Err(self.sent_away(&reason));
                 }
-                return Ok(Next::ChangeChannel);
+                if is_current {
+                    return Ok(Next::ChangeChannel);
+                }
+                // One that nothing is published on any more.
+                link.forget_channel(id);
+                self.send_unsent(link);
             }
             Incoming::Channel(id, ChannelEvent::QueueGone) if id == consuming => {
                 return Err(End::Lost("the callback queue is gone".to_owned()));
@@ -451,7 +458,6 @@ impl Manager {
                     questions.remove(&id);
                 } else if is_over {
                     questions.remove(&id);
-                    link.forget_channel(id);
                 }
             }
             Incoming::Blocked(reason) => self.shared.lock().blocked = Some(reason),
@@ -563,6 +569,13 @@ impl Manager {
     /// Sends what is pending and was not sent on this link. If there is no room for all of it, it
     /// returns false after a short wait: it is to be called again at once, to wait on.
     fn send_unsent(&self, link: &Link) -> bool {
+        // What has waited since before the limit was known.
+        let max = self.shared.message_max.load(Ordering::Relaxed);
+        self.shared.fail_pending(|pending| {
+            let request = &pending.outgoing.request;
+            let is_too_long = pending.sent_on < link.generation && request.body.len() > max;
+            is_too_long.then(|| Error::too_long(&request.queue, max))
+        });
         let unsent = self.shared.lock().unsent(link.generation);
         for id in unsent {
             let limit = after(Instant::now(), RETRY_INTERVAL);

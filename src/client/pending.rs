@@ -129,6 +129,12 @@ impl Pending {
         }
     }
 
+    /// Whether the broker has said that it has not taken it, and nothing else since.
+    fn was_refused(&self) -> bool {
+        let refused = |unconfirmed: Unconfirmed| unconfirmed.refused.is_some();
+        self.unconfirmed.is_some_and(refused)
+    }
+
     /// When it is sent again, if it stays unanswered and unconfirmed.
     fn due_once_sent(&self) -> Option<Instant> {
         let unconfirmed = self.unconfirmed.map(|unconfirmed| unconfirmed.at);
@@ -203,6 +209,9 @@ pub(crate) struct State {
     pub last_error: Option<String>,
     /// The queues that callers want to know about, and what was last found out, and when.
     pub asked_after: HashSet<Arc<str>>,
+    /// Whether the latest link ended because of the broker's limit for messages, which holds for
+    /// the next, too.
+    pub knows_limit: bool,
     /// Whether a question has cost the connection: the user may have no more channels than are
     /// needed otherwise.
     pub asks_no_more: bool,
@@ -448,6 +457,9 @@ impl Shared {
     ) -> Error {
         let mut state = self.lock();
         let pending = state.pending.remove(&id);
+        if pending.as_ref().is_some_and(Pending::was_refused) {
+            return Error::refused(queue);
+        }
         let waiting_for = match (&state.blocked, &state.link, &pending) {
             (Some(reason), ..) => WaitingFor::BlockedBroker {
                 reason: reason.clone(),

@@ -1,10 +1,12 @@
 //! What a broker allows, what somebody has set in it, and what comes of going beyond.
 
 use crate::support::{
-    Caller, PATIENCE, Peer, PrivateBroker, eventually, fibrpc, run, server, unique,
+    Caller, PATIENCE, Peer, PrivateBroker, SlowLine, eventually, fibrpc, run, server, unique,
 };
 use amiquip::{AmqpProperties, AmqpValue, FieldTable, QueueDeclareOptions};
-use fibrpc::{Confirms, Error, HandlerError, RemoteError, ReplyTo, Request, Server, Serving};
+use fibrpc::{
+    Confirms, Error, HandlerError, RemoteError, ReplyTo, Request, Retry, Server, Serving,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -88,6 +90,31 @@ fn a_request_over_the_brokers_limit_ends_its_own_call_and_no_other() {
         }
         assert_eq!(serving.stop().unwrap().connections, 1);
     }
+}
+
+#[test]
+fn a_request_over_the_limit_on_a_channel_that_is_used_no_more_ends_its_own_call_only() {
+    let broker = PrivateBroker::configured(SMALL, &[]);
+    let line = SlowLine::start(&broker.url, 5 << 20, Duration::ZERO);
+    let queue = unique("retired");
+    let (serving, _) = serve(&broker.url, &queue, 2, obey);
+    let client = Caller::new(&line.url, &queue, |client| client);
+    client.call("1").unwrap();
+    let mut calls = client.client.calls();
+    let overdue = Retry::Unanswered(Duration::from_millis(500));
+    calls.submit("slow", client.request().body("3000").retry(overdue));
+    // It changes the channel while the next two are on their way on the old one.
+    thread::sleep(Duration::from_millis(450));
+    calls.submit("too long", client.request().body(vec![b'x'; 3_000_000]));
+    calls.submit("after", client.request().body("1"));
+    for answer in calls {
+        match answer.result {
+            Ok(_) => assert_ne!(answer.key, "too long"),
+            Err(Error::Rejected { .. }) => assert_eq!(answer.key, "too long"),
+            Err(other) => panic!("{}: {other}", answer.key),
+        }
+    }
+    drop(serving);
 }
 
 #[test]
