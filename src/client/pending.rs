@@ -82,8 +82,26 @@ pub(crate) struct Unconfirmed {
     /// When it is sent again; it will have been unconfirmed for so long then.
     at: Instant,
     time: Duration,
-    /// When the broker first said that it has not taken it, if it did.
-    refused: Option<Instant>,
+    /// What is known since the broker said that it has not taken it, if it did.
+    refused: Option<Refused>,
+}
+
+/// A request that the broker has not taken.
+#[derive(Debug, Clone, Copy)]
+struct Refused {
+    /// When it said so first.
+    at: Instant,
+    /// When its queue was known to be there after that, the first time.
+    queue_seen: Option<Instant>,
+}
+
+impl Refused {
+    fn now() -> Refused {
+        Refused {
+            at: Instant::now(),
+            queue_seen: None,
+        }
+    }
 }
 
 impl Unconfirmed {
@@ -403,13 +421,19 @@ impl Shared {
             let queue = Arc::clone(&pending.outgoing.request.queue);
             let is_full = pending.unconfirmed.as_mut().is_none_or(|unconfirmed| {
                 let sent = unconfirmed.sent();
-                let first = *unconfirmed.refused.get_or_insert_with(Instant::now);
-                state.queues.get(&queue).is_some_and(|&(at, status)| {
-                    let is_there = |status: QueueStatus| {
-                        status.ready > 0 || status.consumers > 0 || first.elapsed() > FAILOVER_TIME
-                    };
-                    first < at && at < sent && status.is_some_and(is_there)
-                })
+                let refused = unconfirmed.refused.get_or_insert_with(Refused::now);
+                let first = refused.at;
+                let is_there = |status: QueueStatus| {
+                    status.ready > 0 || status.consumers > 0 || first.elapsed() > FAILOVER_TIME
+                };
+                if let Some(&(at, Some(status))) = state.queues.get(&queue)
+                    && at > first
+                    && is_there(status)
+                {
+                    // The first time: it is asked after again and again.
+                    refused.queue_seen.get_or_insert(at);
+                }
+                refused.queue_seen.is_some_and(|seen| seen < sent)
             });
             if !is_full {
                 pending.sent_on = 0;

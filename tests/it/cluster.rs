@@ -214,7 +214,6 @@ fn a_cluster_that_loses_any_node_loses_no_call() {
     assert_eq!(sum(|tally| tally.wrong), 0);
     assert_eq!(sum(|tally| tally.right), sum(|tally| tally.made));
     assert!(sum(|tally| tally.right) > 100, "it was a load");
-    assert!(connections > NODES as u64, "somebody had to change nodes");
 
     // The command fails over as well: its first URL is a node that is dead, and led the queue. What
     // is published before there is a new leader is lost, and what follows on the same channel, too.

@@ -313,6 +313,7 @@ fn a_full_queue_rejects_a_request_at_once_where_the_broker_confirms() {
     };
     peer.channel.queue_declare(&*queue, options).unwrap();
     peer.publish(&queue, b"1", AmqpProperties::default());
+    eventually("it is there", || peer.count(&queue).0 == 1);
     let began = Instant::now();
     let arguments = ["call", "30", "--confirm", "always", "--timeout", "2m"];
     let call = run(fibrpc(&broker.url, &queue).args(arguments));
