@@ -17,9 +17,11 @@ const PATIENCE_MAX: Duration = Duration::from_secs(16);
 #[derive(Clone)]
 pub(crate) struct Brokers {
     endpoints: Endpoints,
-    /// The one to begin with: the one that worked last. At first it is chosen by chance, so that
-    /// those who start together do not all meet at the same.
+    /// The one to begin with: the one that worked last, or the next after one that did not. At
+    /// first it is chosen by chance, so that those who start together do not all meet at the same.
     first: usize,
+    /// The one that we are connected to.
+    latest: usize,
     patience: Duration,
 }
 
@@ -27,6 +29,7 @@ impl Brokers {
     pub fn new(endpoints: Endpoints) -> Brokers {
         Brokers {
             first: random() as usize % endpoints.len(),
+            latest: 0,
             endpoints,
             patience: PATIENCE,
         }
@@ -55,6 +58,7 @@ impl Brokers {
         let count = self.endpoints.len();
         let mut failures = Vec::new();
         for tried in 0..count {
+            // There may be fewer in the file than there were.
             let index = (self.first + tried) % count;
             let endpoint = &self.endpoints.list[index];
             let left = count - tried;
@@ -67,7 +71,8 @@ impl Brokers {
             match endpoint.open(&self.endpoints, purpose, until, sink) {
                 Ok(connection) => {
                     log::info!("connected to {endpoint} as {}", connection.name);
-                    self.first = index;
+                    self.latest = index;
+                    self.first = (index + 1) % count;
                     self.patience = PATIENCE;
                     return Ok(connection);
                 }
@@ -76,6 +81,12 @@ impl Brokers {
         }
         self.patience = (2 * self.patience).min(PATIENCE_MAX);
         Err(self.all_failed(failures))
+    }
+
+    /// The broker that we are connected to works, beyond the handshake: it is the first to be tried
+    /// when it is lost.
+    pub fn works(&mut self) {
+        self.first = self.latest;
     }
 
     fn all_failed(&self, failures: Vec<(Endpoint, Failure)>) -> Error {

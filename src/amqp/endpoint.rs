@@ -136,7 +136,8 @@ impl Endpoints {
 
     /// Brokers whose URLs are in a file, as [`Endpoints`] has them, blanks and line ends around them
     /// or not. It is read now, and again at each attempt to connect: so a password that is changed
-    /// there needs no restart. What cannot be read or used then makes the attempt fail.
+    /// there needs no restart. What cannot be read or used then makes the attempt fail. A pipe is
+    /// read once.
     ///
     /// # Errors
     ///
@@ -155,8 +156,10 @@ impl Endpoints {
             .map_err(|error| InvalidUrl(format!("cannot read {name}: {error}")))?;
         let list = parse_urls(&urls)
             .map_err(|error| InvalidUrl(format!("invalid broker URL in {name}: {error}")))?;
+        // A pipe can be read once.
+        let is_file = fs::metadata(&file).is_ok_and(|file| file.is_file());
         Ok(Endpoints {
-            file: Some(file),
+            file: is_file.then_some(file),
             ..Endpoints::new(list)
         })
     }

@@ -173,7 +173,7 @@ impl Manager {
             Ok(connection) => connection,
             Err(error) => return Some(error.into()),
         };
-        let served = self.set_up_and_serve(&mut connection, events, &told, linked);
+        let served = self.set_up_and_serve(brokers, &mut connection, events, &told, linked);
         // amiquip tells the true cause only when closed.
         let reason = match (served, connection.close()) {
             (Ok(()), _) => return None,
@@ -203,6 +203,7 @@ impl Manager {
     /// Why it was lost, as far as can be told before the connection is closed.
     fn set_up_and_serve(
         &self,
+        brokers: &mut Brokers,
         connection: &mut Connection,
         events: Sender<Incoming>,
         told: &Receiver<Incoming>,
@@ -230,6 +231,7 @@ impl Manager {
                 let link = Link::new(ends, publishing, reply_to, events, confirms);
                 let link = self.link_up(link);
                 *linked = Some(Arc::clone(&link));
+                brokers.works();
                 let mut questions = HashMap::new();
                 let end = self.serve(&link, connection, consuming.id(), told, &mut questions);
                 self.shared.report_broken(link.generation);

@@ -210,7 +210,7 @@ pub struct CallArgs {
     no_retry: bool,
 
     /// Send a request again when it is unanswered for so long, then after twice that, and so on:
-    /// for a cluster, where one can be lost with a node. What takes longer is executed again
+    /// for a queue that may be purged or deleted. What takes longer is executed again
     #[arg(long, value_name = "DUR", value_parser = duration, conflicts_with = "no_retry")]
     resend_after: Option<Duration>,
 

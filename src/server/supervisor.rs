@@ -405,6 +405,7 @@ impl Supervisor {
             return;
         }
         channels.announced = Some(Instant::now());
+        self.brokers.works();
         // Whoever reads of a lost connection wants to read of its return.
         let level = match self.starting {
             Some(_) => Level::Info,

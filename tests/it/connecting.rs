@@ -5,6 +5,7 @@ use fibrpc::{Endpoints, Error, Request, Server};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -58,6 +59,21 @@ fn a_broker_that_hangs_hides_no_other() {
         assert_eq!(client.call("1").unwrap(), b"1");
         serving.stop().unwrap();
     }
+}
+
+#[test]
+fn a_url_may_come_by_a_pipe() {
+    let queue = unique("pipe");
+    let server = Server::new(url()).unwrap().queue(&queue);
+    let serving = server.start(|_: &Request| Ok("832040")).unwrap();
+    let command = format!(
+        "{} call 30 --output raw --queue {queue} --url-file <(echo '{}')",
+        env!("CARGO_BIN_EXE_fibrpc"),
+        url()
+    );
+    let call = run(Command::new("bash").args(["-c", &command]));
+    assert_eq!(call.stdout, "832040\n", "{}", call.stderr);
+    drop(serving);
 }
 
 #[test]
