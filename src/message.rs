@@ -428,6 +428,9 @@ pub(crate) fn return_address<'a>(
 pub(crate) fn check_queue_name(queue: &str) -> Result<(), String> {
     match queue.len() {
         0 => Err("the queue's name is empty".to_owned()),
+        _ if queue.starts_with(DIRECT_REPLY_TO) => Err(format!(
+            "'{queue}' is where RabbitMQ sends replies, and no request queue"
+        )),
         1..=SHORT_STRING_MAX => Ok(()),
         len => Err(format!(
             "the queue's name has {len} bytes; AMQP allows {SHORT_STRING_MAX}"

@@ -8,6 +8,7 @@ use crate::amqp::channel::Channel;
 use crate::amqp::endpoint::{Endpoint, Endpoints};
 use crate::amqp::error::{Error, describe, with_way_out};
 use crate::amqp::frame::put_open;
+use crate::amqp::frame::reply_code::ACCESS_REFUSED;
 use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::outbox::Outbox;
@@ -324,6 +325,13 @@ impl Endpoint {
         let _watchdog = outbox.abort_after(time_left(deadline));
         let opened =
             amiquip::Connection::insecure_open_stream(stream, options, ConnectionTuning::default());
+        // The broker's own words tell more than what amiquip makes of them.
+        if let (Err(_), Some(reason)) = (&opened, inbox.close_reason()) {
+            return Err(Failure::refused(match reason.code {
+                ACCESS_REFUSED if !self.external => refused_user(&self.user, peer.ok()),
+                _ => with_way_out(reason),
+            }));
+        }
         match opened {
             Ok(inner) => Ok(Connection {
                 inner: Some(inner),
@@ -344,10 +352,6 @@ impl Endpoint {
             )),
             Err(amiquip::Error::InvalidCredentials) => {
                 Err(Failure::refused(refused_user(&self.user, peer.ok())))
-            }
-            // It says what it is about.
-            Err(error @ amiquip::Error::ServerClosedConnection { .. }) => {
-                Err(Failure::refused(describe(&error)))
             }
             Err(error) => {
                 const PORT: &str = "is this its port for amqp://? 5672 is the usual one; to 5671 \
@@ -384,7 +388,7 @@ fn refused_user(user: &str, peer: Option<SocketAddr>) -> String {
              `set_permissions`) and name it in the URL",
             peer.ip()
         ),
-        _ => format!("it refused the user '{user}' (wrong password? or still starting?)"),
+        _ => format!("it refused the user '{user}' (wrong password?)"),
     }
 }
 

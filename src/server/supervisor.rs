@@ -7,7 +7,7 @@
 use crate::amqp::brokers::Brokers;
 use crate::amqp::channel::{Channel, SETUP_TIME};
 use crate::amqp::connection::Connection;
-use crate::amqp::error::{Error as AmqpError, GONE};
+use crate::amqp::error::{Error as AmqpError, GONE, with_way_out};
 use crate::amqp::frame::{put_cancel, put_consume, put_qos, put_requeue, reply_code};
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, Incoming};
@@ -352,7 +352,8 @@ impl Supervisor {
                             None => lost(&close.to_string()),
                         });
                     }
-                    log::warn!("lost a channel: {close}; opening another");
+                    let said = with_way_out(&close);
+                    log::warn!("lost a channel: {said}; opening another");
                     if close.code == reply_code::NOT_FOUND {
                         told.deadline = now + SETUP_TIME;
                         self.ensure_queue(connection, told)?;
