@@ -42,7 +42,8 @@ enum Known {
     /// It has come back before we were told that the channel of that number, on which it was
     /// answered, is closed. Why it was will be known in a moment.
     ToBeTold(u16),
-    Suspect,
+    /// And whether it was on trial once when the same happened: it may have been another's fault.
+    Suspect(bool),
     Guilty(CloseReason),
 }
 
@@ -77,7 +78,7 @@ impl Suspects {
     pub fn may_begin(&self, key: Key) -> bool {
         match self.known.get(&key) {
             Some(Known::ToBeTold(_)) => false,
-            Some(Known::Suspect) => self.trial.is_none(),
+            Some(Known::Suspect(_)) => self.trial.is_none(),
             Some(Known::Guilty(_)) | None => true,
         }
     }
@@ -164,7 +165,11 @@ impl Suspects {
         if let Some(trial) = &self.trial
             && sent.contains(&trial.key)
         {
-            sent = HashSet::from([trial.key]);
+            if self.known.get(&trial.key) == Some(&Known::Suspect(true)) {
+                sent = HashSet::from([trial.key]);
+            } else if sent.len() > 1 {
+                self.known.insert(trial.key, Known::Suspect(true));
+            }
         }
         if self.known.len() + sent.len() > KNOWN_MAX {
             self.known.clear();
@@ -173,8 +178,11 @@ impl Suspects {
         for key in sent {
             if alone {
                 self.known.insert(key, Known::Guilty(reason.clone()));
-            } else if !matches!(self.known.get(&key), Some(Known::Guilty(_))) {
-                self.known.insert(key, Known::Suspect);
+            } else if !matches!(
+                self.known.get(&key),
+                Some(Known::Guilty(_) | Known::Suspect(_))
+            ) {
+                self.known.insert(key, Known::Suspect(false));
             }
         }
     }
@@ -224,8 +232,13 @@ mod tests {
         suspects.sent(8, Key(2), 1);
         suspects.sent(9, Key(5), 1);
         suspects.connection_closed(Some(&fault()));
+        // It may have been the other one, so once more.
+        assert_eq!(suspects.begin(Key(2)), None);
+        suspects.sent(8, Key(2), 1);
+        suspects.sent(9, Key(6), 1);
+        suspects.connection_closed(Some(&fault()));
         assert_eq!(suspects.begin(Key(2)), Some(fault()));
-        assert_eq!(suspects.begin(Key(5)), None);
+        assert_eq!(suspects.begin(Key(6)), None);
         assert!(suspects.trial.is_none(), "it was not the cause");
     }
 
