@@ -4,8 +4,9 @@
 //! nothing. What the broker answers comes back as events ([`ChannelEvent`](super::incoming::ChannelEvent)), through the
 //! connection's sink or by whoever reads.
 
+use crate::amqp::backlog::Backlog;
 use crate::amqp::frame::{put_close, put_close_ok};
-use crate::amqp::outbox::{LARGE_MIN, NotSent, Outbox};
+use crate::amqp::outbox::{NotSent, Outbox};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -43,19 +44,12 @@ impl Channel {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// Sends the frames that `encode` appends for the channel of that number, with a body of `len`
-    /// bytes; waits for room. A large body is encoded without the outbox locked.
+    /// Sends what `encode` appends for the channel of that number; waits for room.
     ///
     /// # Errors
     ///
     /// The channel is closed ([`NotSent::Outdated`]), or the connection dead.
-    pub fn send(&self, len: usize, encode: impl FnOnce(&mut Vec<u8>, u16)) -> Result<(), NotSent> {
-        if len >= LARGE_MIN {
-            let check = || self.is_open();
-            return self
-                .outbox
-                .send_large(None, |out| encode(out, self.id), check);
-        }
+    pub fn send(&self, encode: impl FnOnce(&mut Backlog, u16)) -> Result<(), NotSent> {
         let mut is_open = false;
         self.outbox.send(None, |out| {
             is_open = self.is_open();
@@ -71,7 +65,7 @@ impl Channel {
     /// # Errors
     ///
     /// As of [`Channel::send`], or there is no room.
-    pub fn try_append(&self, encode: impl FnOnce(&mut Vec<u8>, u16)) -> Result<bool, NotSent> {
+    pub fn try_append(&self, encode: impl FnOnce(&mut Backlog, u16)) -> Result<bool, NotSent> {
         let mut is_open = false;
         let enough = self.outbox.try_append(|out| {
             is_open = self.is_open();

@@ -7,10 +7,10 @@
 use crate::amqp::channel::Channel;
 use crate::amqp::endpoint::{Endpoint, Endpoints};
 use crate::amqp::error::{Error, describe, with_way_out};
-use crate::amqp::frame::put_open;
 use crate::amqp::frame::reply_code::ACCESS_REFUSED;
+use crate::amqp::frame::{FRAME_MIN, put_open};
 use crate::amqp::inbox::{Inbox, Sink};
-use crate::amqp::incoming::{ChannelEvent, Incoming};
+use crate::amqp::incoming::{ChannelEvent, Incoming, Tune};
 use crate::amqp::outbox::Outbox;
 use crate::amqp::stream::{self, Credentials, Opened};
 use crate::amqp::sync::Never;
@@ -333,15 +333,18 @@ impl Endpoint {
             }));
         }
         match opened {
-            Ok(inner) => Ok(Connection {
-                inner: Some(inner),
-                inbox,
-                outbox,
-                down,
-                name,
-                channels: HashMap::new(),
-                latest_channel: 0,
-            }),
+            Ok(inner) => {
+                outbox.set_frame_max(frame_max(inbox.tune()));
+                Ok(Connection {
+                    inner: Some(inner),
+                    inbox,
+                    outbox,
+                    down,
+                    name,
+                    channels: HashMap::new(),
+                    latest_channel: 0,
+                })
+            }
             Err(_) if Instant::now() >= deadline => {
                 Err(Failure::new("AMQP handshake: no answer in time"))
             }
@@ -375,6 +378,14 @@ impl Endpoint {
                 Err(Failure::new(format!("AMQP handshake: {reason}{hint}")))
             }
         }
+    }
+}
+
+/// The longest frame that both sides accept, in octets, as amiquip has agreed on it.
+fn frame_max(tune: Option<&Tune>) -> usize {
+    match tune.map_or(FRAME_MIN, |tune| tune.frame_max) {
+        0 => FRAME_MAX as usize,
+        max => max.clamp(FRAME_MIN, FRAME_MAX as usize),
     }
 }
 

@@ -22,9 +22,8 @@ pub(crate) const PREFIX_LEN: usize = 7;
 /// All octets of a frame that are not payload.
 pub(crate) const OVERHEAD: usize = PREFIX_LEN + 1;
 
-/// The longest payload of a body frame. Every peer must accept frames of 4096 octets
-/// (`frame-min-size`), and amiquip does not tell what it has negotiated beyond that.
-const BODY_PAYLOAD_MAX: usize = 4096 - OVERHEAD;
+/// The longest frame that every peer must accept, in octets (`frame-min-size`).
+pub(crate) const FRAME_MIN: usize = 4096;
 
 pub(crate) const CLASS_CHANNEL: u16 = 20;
 const CHANNEL_OPEN: u16 = 10;
@@ -85,14 +84,16 @@ pub(crate) struct Properties<'a> {
     pub expiration: Option<&'a [u8]>,
 }
 
-/// A message to the default exchange, which routes it to the queue that its key names.
+/// A message to the default exchange, which routes it to the queue that its key names. Its body is
+/// sent behind it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Publish<'a> {
     pub routing_key: &'a [u8],
     /// Whether the broker returns the message if no queue has that name.
     pub mandatory: bool,
     pub properties: Properties<'a>,
-    pub body: &'a [u8],
+    /// The length of the body, in bytes.
+    pub body_len: usize,
 }
 
 /// A queue to be declared, or to be asked after.
@@ -156,7 +157,8 @@ pub(crate) fn put_confirm_select(out: &mut Vec<u8>, channel: u16) {
     });
 }
 
-/// Appends `basic.publish` with its content.
+/// Appends `basic.publish` and the content header. The frames of the body must follow, if it is not
+/// empty: [`put_body`].
 pub(crate) fn put_publish(out: &mut Vec<u8>, channel: u16, message: &Publish<'_>) {
     put_method(out, channel, CLASS_BASIC, BASIC_PUBLISH, |out| {
         put_u16(out, 0); // reserved
@@ -167,16 +169,23 @@ pub(crate) fn put_publish(out: &mut Vec<u8>, channel: u16, message: &Publish<'_>
     put_frame(out, HEADER, channel, |out| {
         put_u16(out, CLASS_BASIC);
         put_u16(out, 0); // weight, unused
-        out.extend_from_slice(&(message.body.len() as u64).to_be_bytes());
+        out.extend_from_slice(&(message.body_len as u64).to_be_bytes());
         put_properties(out, &message.properties);
     });
-    // Once, and not by doubling: a large message is in memory once more, and no more than that. An
-    // acknowledgement may follow.
-    let frames = message.body.len().div_ceil(BODY_PAYLOAD_MAX);
-    out.reserve(message.body.len() + frames * OVERHEAD + 2 * OVERHEAD);
-    for chunk in message.body.chunks(BODY_PAYLOAD_MAX) {
-        put_frame(out, BODY, channel, |out| out.extend_from_slice(chunk));
+}
+
+/// Appends the frames of a body, each of at most `frame_max` octets.
+pub(crate) fn put_body(out: &mut Vec<u8>, channel: u16, frame_max: usize, body: &[u8]) {
+    for payload in body.chunks(frame_max - OVERHEAD) {
+        put_frame(out, BODY, channel, |out| out.extend_from_slice(payload));
     }
+}
+
+/// What stands before the payload of a body frame; [`END`] stands behind it.
+pub(crate) fn body_prefix(channel: u16, payload_len: usize) -> [u8; PREFIX_LEN] {
+    let [high, low] = channel.to_be_bytes();
+    let [a, b, c, d] = (payload_len as u32).to_be_bytes();
+    [BODY, high, low, a, b, c, d]
 }
 
 /// Appends `basic.ack` for one delivery.
@@ -345,6 +354,7 @@ mod tests {
             reply_to in proptest::option::of("[a-z.]{0,255}"),
             expiration in proptest::option::of("[0-9]{1,9}"),
             body in proptest::collection::vec(any::<u8>(), 0..10_000),
+            frame_max in FRAME_MIN..=12_000,
         ) {
             let headers: Vec<_> = headers.into_iter().collect();
             let message = Publish {
@@ -357,10 +367,11 @@ mod tests {
                     reply_to: reply_to.as_ref().map(String::as_bytes),
                     expiration: expiration.as_ref().map(String::as_bytes),
                 },
-                body: &body,
+                body_len: body.len(),
             };
             let mut out = Vec::new();
             put_publish(&mut out, channel, &message);
+            put_body(&mut out, channel, frame_max, &body);
             let frames = parse_all(&out);
             let AMQPFrame::Method(c, AMQPClass::Basic(AMQPMethod::Publish(publish))) = &frames[0] else {
                 panic!("not a publish: {:?}", frames[0]);
@@ -387,7 +398,7 @@ mod tests {
             let mut content = Vec::new();
             for frame in &frames[2..] {
                 let AMQPFrame::Body(_, bytes) = frame else { panic!("not a body: {frame:?}") };
-                prop_assert!(bytes.len() <= BODY_PAYLOAD_MAX);
+                prop_assert!(bytes.len() + OVERHEAD <= frame_max);
                 content.extend_from_slice(bytes);
             }
             prop_assert_eq!(content, body);

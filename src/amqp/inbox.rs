@@ -10,7 +10,7 @@
 //! What is not ours ([`super::incoming`]) is left to amiquip: the leader puts it into a buffer that
 //! amiquip reads instead of the socket ([`super::stream::Stream`]).
 
-use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, Tune, frame_len};
+use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, Taken, Tune};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::{Down, Transport};
 use crossbeam_channel::Sender;
@@ -426,9 +426,18 @@ impl Reader {
         let mut fed = false;
         loop {
             let bytes = &self.bytes[at..self.filled];
-            let frame = match frame_len(bytes) {
-                Ok(Some(len)) if len <= bytes.len() => &bytes[..len],
-                Ok(_) => break,
+            match self.assembler.take(bytes) {
+                Ok(Some(Taken { len, parsed })) => {
+                    if parsed.pass_on {
+                        inbox.pass_on(&bytes[..len]);
+                        fed = true;
+                    }
+                    if let Some(incoming) = parsed.incoming {
+                        take(incoming);
+                    }
+                    at += len;
+                }
+                Ok(None) => break,
                 Err(Malformed) => {
                     // amiquip would take what is no frame for the beginning of a large one.
                     let shown = bytes[..bytes.len().min(SHOWN_LEN)].escape_ascii();
@@ -436,22 +445,7 @@ impl Reader {
                     inbox.fail(&io::Error::new(ErrorKind::InvalidData, reason));
                     return Err(Down);
                 }
-            };
-            let Ok(parsed) = self.assembler.take(frame) else {
-                inbox.fail(&io::Error::new(
-                    ErrorKind::InvalidData,
-                    "the broker sent a malformed frame",
-                ));
-                return Err(Down);
-            };
-            if parsed.pass_on {
-                inbox.pass_on(frame);
-                fed = true;
             }
-            if let Some(incoming) = parsed.incoming {
-                take(incoming);
-            }
-            at += frame.len();
         }
         let now = Instant::now();
         let since = now.duration_since(inbox.opened).as_nanos() as u64;

@@ -287,6 +287,8 @@ impl CloseReason {
 pub(crate) struct Tune {
     /// How many channels a connection may have.
     pub channel_max: u16,
+    /// The longest frame, in octets; 0 sets no limit.
+    pub frame_max: usize,
     /// Seconds between heartbeats; 0 leaves it to us.
     pub heartbeat: u16,
 }
@@ -306,10 +308,11 @@ impl Tune {
         let channel_max = cursor
             .u16()
             .map(|max| if max == 0 { u16::MAX } else { max })?;
-        cursor.length()?; // frame-max
+        let frame_max = cursor.length()?;
         let heartbeat = cursor.u16()?;
         Some(Tune {
             channel_max,
+            frame_max,
             heartbeat,
         })
     }
@@ -322,7 +325,15 @@ impl Tune {
     }
 }
 
-/// What became of a frame.
+/// What became of some bytes.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Taken {
+    /// How many they were.
+    pub len: usize,
+    pub parsed: Parsed,
+}
+
+/// What became of a frame, or of a part of one.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Parsed {
     /// What it was, or what it completed.
@@ -346,6 +357,15 @@ impl Parsed {
 #[derive(Default)]
 pub(crate) struct Assembler {
     unfinished: Vec<Unfinished>,
+    /// The frame of a body of which a part has been taken.
+    cut: Option<Cut>,
+}
+
+/// A body's frame that has not arrived as a whole.
+struct Cut {
+    channel: u16,
+    /// How much of its payload is still to come.
+    left: usize,
 }
 
 /// A message whose frames have not all arrived.
@@ -358,12 +378,64 @@ struct Unfinished {
 }
 
 impl Assembler {
-    /// Takes one whole frame.
+    /// Takes a frame from the beginning of `bytes`; of a body's frame, what is there of it: so a
+    /// large body is never waited for elsewhere. `None` if more must arrive first.
     ///
     /// # Errors
     ///
     /// It is malformed, or out of order.
-    pub fn take(&mut self, frame: &[u8]) -> Result<Parsed, Malformed> {
+    pub fn take(&mut self, bytes: &[u8]) -> Result<Option<Taken>, Malformed> {
+        if self.cut.is_some() {
+            return self.take_part(bytes);
+        }
+        match frame_len(bytes)? {
+            Some(len) if len <= bytes.len() => {
+                let parsed = self.frame(&bytes[..len])?;
+                Ok(Some(Taken { len, parsed }))
+            }
+            Some(len) if bytes[0] == BODY => {
+                let channel = u16::from_be_bytes([bytes[1], bytes[2]]);
+                let left = len - OVERHEAD;
+                self.missing(channel)
+                    .filter(|missing| *missing >= left as u64)
+                    .ok_or(Malformed)?;
+                self.cut = Some(Cut { channel, left });
+                Ok(Some(Taken {
+                    len: PREFIX_LEN,
+                    parsed: Parsed::ours(None),
+                }))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Takes more of the frame of which a part has been taken.
+    fn take_part(&mut self, bytes: &[u8]) -> Result<Option<Taken>, Malformed> {
+        let (Some(cut), Some(first)) = (&mut self.cut, bytes.first()) else {
+            return Ok(None);
+        };
+        let channel = cut.channel;
+        let (len, payload) = match cut.left.min(bytes.len()) {
+            0 if *first == END => {
+                self.cut = None;
+                (1, &[][..])
+            }
+            0 => return Err(Malformed),
+            len => {
+                cut.left -= len;
+                (len, &bytes[..len])
+            }
+        };
+        let at = self.append(channel, payload)?;
+        let parsed = match self.cut {
+            None => Parsed::ours(self.finish(at)),
+            Some(_) => Parsed::ours(None),
+        };
+        Ok(Some(Taken { len, parsed }))
+    }
+
+    /// Takes one whole frame.
+    fn frame(&mut self, frame: &[u8]) -> Result<Parsed, Malformed> {
         let (prefix, rest) = frame.split_first_chunk::<PREFIX_LEN>().ok_or(Malformed)?;
         let (&end, payload) = rest.split_last().ok_or(Malformed)?;
         if end != END {
@@ -373,7 +445,10 @@ impl Assembler {
         match prefix[0] {
             METHOD => self.method(channel, payload),
             HEADER => self.header(channel, payload).map(Parsed::ours),
-            BODY => self.body(channel, payload).map(Parsed::ours),
+            BODY => {
+                let at = self.append(channel, payload)?;
+                Ok(Parsed::ours(self.finish(at)))
+            }
             _ => Ok(Parsed {
                 incoming: None,
                 pass_on: true,
@@ -485,13 +560,19 @@ impl Assembler {
         Ok(self.finish(at))
     }
 
-    fn body(&mut self, channel: u16, payload: &[u8]) -> Result<Option<Incoming>, Malformed> {
+    /// How much is missing of the body on that channel; `None` if none has begun.
+    fn missing(&self, channel: u16) -> Option<u64> {
+        self.unfinished[self.position(channel)?].missing
+    }
+
+    /// Appends to the body on that channel; says where that is.
+    fn append(&mut self, channel: u16, payload: &[u8]) -> Result<usize, Malformed> {
         let at = self.position(channel).ok_or(Malformed)?;
         let unfinished = &mut self.unfinished[at];
         let missing = unfinished.missing.as_mut().ok_or(Malformed)?;
         *missing = missing.checked_sub(payload.len() as u64).ok_or(Malformed)?;
         unfinished.message().body.extend_from_slice(payload);
-        Ok(self.finish(at))
+        Ok(at)
     }
 
     fn finish(&mut self, at: usize) -> Option<Incoming> {

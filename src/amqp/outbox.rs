@@ -25,11 +25,6 @@ const BACKLOG_MAX: usize = 1 << 20;
 /// How much is worth a write of its own, in bytes.
 pub(crate) const APPENDED_MAX: usize = 16 << 10;
 
-/// A message with a body of this size, in bytes, or more is large: its sender encodes it without
-/// the lock that all senders need, into a buffer of its own. A smaller one is cheaper to append: to
-/// encode this much takes about as long as to wake a thread.
-pub(crate) const LARGE_MIN: usize = 64 << 10;
-
 /// How long a sender goes on writing, for itself and others, before it hands over.
 const TURN_TIME: Duration = Duration::from_millis(5);
 
@@ -43,7 +38,7 @@ pub(crate) enum NotSent {
     Full,
     /// The connection is dead.
     Down,
-    /// The sender's own check has failed.
+    /// The sender has found that it has nothing to send any more.
     Outdated,
 }
 
@@ -102,48 +97,35 @@ impl Outbox {
         self.writable.as_raw_fd()
     }
 
-    /// Sends the frames that `encode` appends, or leaves them to the thread that is writing. Does
-    /// not wait for room. `encode` is called with the lock held: for a few small frames.
+    /// Learns the longest frame that the broker accepts, in octets.
+    pub fn set_frame_max(&self, frame_max: usize) {
+        self.lock().backlog.set_frame_max(frame_max);
+    }
+
+    /// Sends what `encode` appends, or leaves it to the thread that is writing. Does not wait for
+    /// room. `encode` is called with the lock held: so it decides of what must not change until the
+    /// frames have their place.
     ///
     /// # Errors
     ///
     /// The backlog is full, or the connection dead; then `encode` has not been called.
-    pub fn try_send(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), NotSent> {
+    pub fn try_send(&self, encode: impl FnOnce(&mut Backlog)) -> Result<(), NotSent> {
         let mut state = self.lock_with_room()?;
-        state.backlog.append(encode);
+        encode(&mut state.backlog);
         self.write(state, TURN_TIME);
         Ok(())
     }
 
-    /// Sends like [`Outbox::try_send`], but calls `encode` without the lock: for a large message.
-    /// `check` is called with the lock held, before the message is appended: for what may have
-    /// changed meanwhile, or must not change any more.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Outbox::try_send`]; or `check` was false.
-    pub fn try_send_large(
-        &self,
-        encode: impl FnOnce(&mut Vec<u8>),
-        check: impl FnOnce() -> bool,
-    ) -> Result<(), NotSent> {
-        // In vain if somebody else takes the room meanwhile, but not if there is none.
-        drop(self.lock_with_room()?);
-        let frames = self.encoded(encode);
-        let state = self.lock_with_room()?;
-        self.push(state, frames, check)
-    }
-
-    /// Takes the frames that `encode` appends, to leave with whatever is sent next, and writes
+    /// Takes what `encode` appends, to leave with whatever is sent next, and writes
     /// nothing. The caller sees to it that something is sent, by [`Outbox::flush`] at the latest:
     /// at once, if this returns that enough has been appended.
     ///
     /// # Errors
     ///
     /// As of [`Outbox::try_send`].
-    pub fn try_append(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<bool, NotSent> {
+    pub fn try_append(&self, encode: impl FnOnce(&mut Backlog)) -> Result<bool, NotSent> {
         let mut state = self.lock_with_room()?;
-        state.backlog.append(encode);
+        encode(&mut state.backlog);
         Ok(state.backlog.len() >= APPENDED_MAX)
     }
 
@@ -194,28 +176,12 @@ impl Outbox {
     pub fn send(
         &self,
         deadline: Option<Instant>,
-        encode: impl FnOnce(&mut Vec<u8>),
+        encode: impl FnOnce(&mut Backlog),
     ) -> Result<(), NotSent> {
         let mut state = self.lock_when_there_is_room(deadline, Backlog::behind)?;
-        state.backlog.append(encode);
+        encode(&mut state.backlog);
         self.write(state, TURN_TIME);
         Ok(())
-    }
-
-    /// Sends like [`Outbox::send`], with `encode` and `check` as of [`Outbox::try_send_large`].
-    ///
-    /// # Errors
-    ///
-    /// The deadline has passed, the connection is dead, or `check` was false.
-    pub fn send_large(
-        &self,
-        deadline: Option<Instant>,
-        encode: impl FnOnce(&mut Vec<u8>),
-        check: impl FnOnce() -> bool,
-    ) -> Result<(), NotSent> {
-        let frames = self.encoded(encode);
-        let state = self.lock_when_there_is_room(deadline, Backlog::behind)?;
-        self.push(state, frames, check)
     }
 
     /// Waits for room until the deadline, if there is one. Somebody else may take it.
@@ -299,28 +265,6 @@ impl Outbox {
         matches!(fired, Ok(count) if count > 0)
     }
 
-    /// The frames that `encode` makes, without the lock.
-    fn encoded(&self, encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
-        let mut frames = self.lock().backlog.take_spare();
-        encode(&mut frames);
-        frames
-    }
-
-    fn push(
-        &self,
-        mut state: MutexGuard<'_, State>,
-        frames: Vec<u8>,
-        check: impl FnOnce() -> bool,
-    ) -> Result<(), NotSent> {
-        if !check() {
-            drop(state); // before the frames, which takes time
-            return Err(NotSent::Outdated);
-        }
-        state.backlog.push(frames);
-        self.write(state, TURN_TIME);
-        Ok(())
-    }
-
     /// Writes for a turn of that time, or a little longer, unless that is somebody else's to do.
     fn write(&self, mut state: MutexGuard<'_, State>, time: Duration) {
         let is_ours = !state.writing && !self.handed_over.load(Ordering::Acquire);
@@ -336,8 +280,7 @@ impl Outbox {
         let over_at = Instant::now() + time;
         while let Some(mut chunk) = state.backlog.take() {
             drop(state);
-            let left = chunk.left();
-            let written = self.transport.write(&left[..left.len().min(WRITE_LEN)]);
+            let written = self.transport.write(&chunk.left(WRITE_LEN));
             let Ok(Written { len, full }) = written else {
                 // Known to everyone by `down`; whoever reads sees it as well.
                 return self.abort();

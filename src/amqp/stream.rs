@@ -203,6 +203,8 @@ impl amiquip::IoStream for Stream {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::amqp::backlog::{Backlog, Content};
+    use crate::amqp::frame::{BODY, END, HEADER, Properties, Publish};
     use crate::amqp::incoming::Incoming;
     use crate::amqp::outbox::NotSent;
     use mio::{Events, Token};
@@ -245,6 +247,57 @@ mod tests {
         })
     }
 
+    /// A body of its own.
+    struct Octets(Vec<u8>);
+
+    impl Content for Octets {
+        fn body(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
+    /// Puts a message with that body.
+    fn publish(out: &mut Backlog, body: Vec<u8>) {
+        let message = Publish {
+            routing_key: b"queue",
+            mandatory: false,
+            properties: Properties::default(),
+            body_len: body.len(),
+        };
+        let content: Arc<dyn Content> = Arc::new(Octets(body));
+        out.publish(1, &message, &content);
+    }
+
+    fn octet(out: &mut Backlog, octet: u8) {
+        out.append(|out| out.push(octet));
+    }
+
+    /// The body of the message that the far end reads next.
+    fn read_message(far: &mut TcpStream) -> Vec<u8> {
+        let mut body = Vec::new();
+        let mut body_len = None;
+        while body_len != Some(body.len() as u64) {
+            let mut prefix = [0; PREFIX_LEN];
+            far.read_exact(&mut prefix).unwrap();
+            let [kind, _, _, len @ ..] = prefix;
+            let mut payload = vec![0; u32::from_be_bytes(len) as usize + 1];
+            far.read_exact(&mut payload).unwrap();
+            assert_eq!(payload.pop(), Some(END));
+            match kind {
+                HEADER => body_len = payload[4..12].try_into().ok().map(u64::from_be_bytes),
+                BODY => body.extend(payload),
+                _ => {}
+            }
+        }
+        body
+    }
+
+    fn read_octet(far: &mut TcpStream) -> u8 {
+        let mut octet = [0];
+        far.read_exact(&mut octet).unwrap();
+        octet[0]
+    }
+
     #[test]
     fn what_a_full_socket_holds_back_follows_in_order_when_the_far_end_reads() {
         let (opened, mut far) = pair();
@@ -259,7 +312,7 @@ mod tests {
         let at_once = Some(Instant::now());
         while outbox
             .send(at_once, |out| {
-                out.extend((sent..sent + 1000).flat_map(u32::to_be_bytes));
+                out.append(|out| out.extend((sent..sent + 1000).flat_map(u32::to_be_bytes)));
             })
             .is_ok()
         {
@@ -277,7 +330,7 @@ mod tests {
 
         let waiting = thread::spawn({
             let outbox = Arc::clone(&outbox);
-            move || outbox.send(None, |out| out.extend(sent.to_be_bytes()))
+            move || outbox.send(None, |out| out.append(|out| out.extend(sent.to_be_bytes())))
         });
         for expected in 0..=sent {
             let mut number = [0; 4];
@@ -294,12 +347,12 @@ mod tests {
     fn messages_leave_whole_in_order_and_once_however_senders_and_a_slow_reader_meet() {
         const SENDERS: u8 = 4;
         const MESSAGES: u32 = 150;
-        // Who, which, how long, and as many octets that differ from message to message.
-        fn put(out: &mut Vec<u8>, sender: u8, number: u32, len: usize) {
-            out.push(sender);
-            out.extend(number.to_be_bytes());
-            out.extend((len as u32).to_be_bytes());
-            out.resize(out.len() + len, number as u8 ^ sender);
+        // Who, which, and as many octets that differ from message to message.
+        fn body(sender: u8, number: u32, len: usize) -> Vec<u8> {
+            let mut body = vec![sender];
+            body.extend(number.to_be_bytes());
+            body.resize(body.len() + len, number as u8 ^ sender);
+            body
         }
         let (opened, mut far) = pair();
         far.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -316,12 +369,11 @@ mod tests {
                             6..9 => rng.random_range(0..200_000),
                             _ => rng.random_range(0..3_000_000),
                         };
-                        let encode = |out: &mut Vec<u8>| put(out, sender, number, len);
-                        let sent = match rng.random_range(0..4) {
+                        let encode = |out: &mut Backlog| publish(out, body(sender, number, len));
+                        let sent = match rng.random_range(0..3) {
                             0 => outbox.send(None, encode),
-                            1 => outbox.send_large(None, encode, || true),
-                            2 => loop {
-                                match outbox.try_send_large(encode, || true) {
+                            1 => loop {
+                                match outbox.try_send(encode) {
                                     Err(NotSent::Full) => outbox.wait_for_room(None).unwrap(),
                                     done => break done,
                                 }
@@ -347,16 +399,16 @@ mod tests {
             if rng.random_bool(0.05) {
                 thread::sleep(Duration::from_millis(rng.random_range(0..40)));
             }
-            let mut head = [0; 9];
-            far.read_exact(&mut head).unwrap();
-            let sender = head[0];
-            let number = u32::from_be_bytes(head[1..5].try_into().unwrap());
-            let len = u32::from_be_bytes(head[5..].try_into().unwrap());
+            let body = read_message(&mut far);
+            let sender = body[0];
+            let number = u32::from_be_bytes(body[1..5].try_into().unwrap());
             assert_eq!(number, next[usize::from(sender)]);
             next[usize::from(sender)] += 1;
-            let mut octets = vec![0; len as usize];
-            far.read_exact(&mut octets).unwrap();
-            assert!(octets.iter().all(|octet| *octet == number as u8 ^ sender));
+            assert!(
+                body[5..]
+                    .iter()
+                    .all(|octet| *octet == number as u8 ^ sender)
+            );
         }
         for sender in senders {
             sender.join().unwrap();
@@ -366,36 +418,31 @@ mod tests {
     }
 
     #[test]
-    fn a_large_message_holds_its_sender_for_a_turn_and_the_lock_for_nothing() {
+    fn a_large_message_holds_its_sender_for_a_turn_only() {
         let (opened, mut far) = pair();
         let Opened { stream, outbox, .. } = opened;
         let io = start_io(stream);
-        let large = vec![1; 64 << 20];
-        // What has been sent cannot be taken back, and what is outdated is not sent.
-        let outdated = outbox.try_send_large(|out| out.push(9), || false);
-        assert_eq!(outdated, Err(NotSent::Outdated));
-        outbox.try_send(|out| out.push(0)).unwrap();
+        outbox.try_send(|out| octet(out, 0)).unwrap();
         // Nobody reads: it returns all the same, and so does who comes after it.
-        outbox.try_send_large(|out| *out = large, || true).unwrap();
-        outbox.send(None, |out| out.push(2)).unwrap();
+        let large = vec![1; 64 << 20];
+        outbox.try_send(|out| publish(out, large.clone())).unwrap();
+        outbox.send(None, |out| octet(out, 2)).unwrap();
         assert_eq!(outbox.try_send(|_| {}), Err(NotSent::Full));
         // A second one waits for room behind that, and gets it before the first has left.
         outbox
-            .send_large(None, |out| out.resize(2 << 20, 3), || true)
+            .send(None, |out| publish(out, vec![3; 2 << 20]))
             .unwrap();
         let waiting = thread::spawn({
             let outbox = Arc::clone(&outbox);
-            move || outbox.send(None, |out| out.push(4)).unwrap()
+            move || outbox.send(None, |out| octet(out, 4)).unwrap()
         });
-        let mut octets = vec![0; 1 + (64 << 20) + 1];
-        far.read_exact(&mut octets).unwrap();
-        assert_eq!((octets[0], octets[1 + (64 << 20)]), (0, 2));
-        assert!(octets[1..=64 << 20].iter().all(|octet| *octet == 1));
+        assert_eq!(read_octet(&mut far), 0);
+        assert!(read_message(&mut far) == large);
+        assert_eq!(read_octet(&mut far), 2);
         // The second has begun to leave, so that there is room behind it.
         waiting.join().unwrap();
-        far.read_exact(&mut octets[..2 << 20]).unwrap();
-        far.read_exact(&mut octets[..1]).unwrap();
-        assert_eq!(octets[0], 4);
+        assert!(read_message(&mut far) == vec![3; 2 << 20]);
+        assert_eq!(read_octet(&mut far), 4);
         drop(far);
         io.join().unwrap();
     }
@@ -427,7 +474,10 @@ mod tests {
     fn a_watchdog_ends_the_connection_and_wakes_who_waits_for_room() {
         let (opened, _far) = pair();
         let outbox = Arc::clone(&opened.outbox);
-        while outbox.try_send(|out| out.extend([0; 4096])).is_ok() {}
+        while outbox
+            .try_send(|out| out.append(|out| out.extend([0; 4096])))
+            .is_ok()
+        {}
         let _watchdog = outbox.abort_after(Duration::from_millis(50));
         assert_eq!(outbox.send(None, |_| {}), Err(NotSent::Down));
         assert_eq!(outbox.try_send(|_| {}), Err(NotSent::Down));
@@ -438,6 +488,6 @@ mod tests {
         let (opened, _far) = pair();
         drop(opened.outbox.abort_after(Duration::from_millis(20)));
         thread::sleep(Duration::from_millis(60));
-        assert_eq!(opened.outbox.try_send(|out| out.push(0)), Ok(()));
+        assert_eq!(opened.outbox.try_send(|out| octet(out, 0)), Ok(()));
     }
 }

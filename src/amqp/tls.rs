@@ -14,7 +14,7 @@ use rustls::{
 };
 use std::env;
 use std::fmt::Write as _;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -304,6 +304,7 @@ impl TlsStream {
         };
         let config = Arc::new(options.config()?);
         let mut session = ClientConnection::new(config, name).map_err(|error| error.to_string())?;
+        session.set_buffer_limit(Some(WRITE_LEN));
         shake_hands(&mut session, &socket, deadline).map_err(|error| match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => "no answer in time".to_owned(),
             ErrorKind::UnexpectedEof => {
@@ -353,16 +354,15 @@ impl TlsStream {
         }
     }
 
-    /// Writes as of [`io::Write::write`]; [`ErrorKind::WouldBlock`] also when only a part of the
+    /// Writes as of [`io::Write::write_vectored`]; [`ErrorKind::WouldBlock`] also when only a part of the
     /// ciphertext has left. After an error that is no end, the same bytes must be given again: they
     /// are encrypted already.
-    pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+    pub fn write(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
         let outgoing = &mut *outgoing;
         if outgoing.ciphertext.is_empty() {
             let mut session = self.session();
-            let len = bytes.len().min(WRITE_LEN);
-            outgoing.accepted = session.writer().write(&bytes[..len])?;
+            outgoing.accepted = session.writer().write_vectored(parts)?;
             while session.wants_write() {
                 session.write_tls(&mut outgoing.ciphertext)?;
             }

@@ -1,9 +1,11 @@
 //! What carries the bytes: a TCP socket, plain or with TLS. It blocks, and is used by two threads at
 //! a time: one that reads and one that writes.
 
+use crate::amqp::backlog::Parts;
 #[cfg(feature = "tls")]
 use crate::amqp::tls::TlsStream;
-use std::io::{self, ErrorKind, Read, Write};
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use std::io::{self, ErrorKind, Read};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 
@@ -52,18 +54,24 @@ impl Transport {
     /// # Errors
     ///
     /// The connection is dead.
-    pub fn write(&self, bytes: &[u8]) -> io::Result<Written> {
+    pub fn write(&self, parts: &Parts<'_>) -> io::Result<Written> {
         loop {
             let written = match self {
-                Transport::Plain(socket) => (&**socket).write(bytes).map(|len| Written {
-                    len,
-                    full: len < bytes.len(),
-                }),
+                // Not `write_vectored`, which would be SIGPIPE when the connection is dead.
+                Transport::Plain(socket) => {
+                    let mut nothing = SendAncillaryBuffer::default();
+                    sendmsg(&**socket, parts.slices(), &mut nothing, SendFlags::NOSIGNAL)
+                        .map(|len| Written {
+                            len,
+                            full: len < parts.len(),
+                        })
+                        .map_err(io::Error::from)
+                }
                 // It takes as much at a time as it encrypts at a time.
                 #[cfg(feature = "tls")]
-                Transport::Tls(stream) => {
-                    stream.write(bytes).map(|len| Written { len, full: false })
-                }
+                Transport::Tls(stream) => stream
+                    .write(parts.slices())
+                    .map(|len| Written { len, full: false }),
             };
             return match written {
                 Ok(Written { len: 0, .. }) => Err(ErrorKind::WriteZero.into()),

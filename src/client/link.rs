@@ -1,10 +1,11 @@
 //! A request on its way out, and the connection that it goes by.
 
+use crate::amqp::backlog::{Backlog, Content};
 use crate::amqp::channel::Channel;
-use crate::amqp::frame::{Properties, Publish, put_publish};
+use crate::amqp::frame::{Properties, Publish};
 use crate::amqp::inbox::Inbox;
 use crate::amqp::incoming::{Confirm, Incoming};
-use crate::amqp::outbox::{LARGE_MIN, NotSent, Outbox};
+use crate::amqp::outbox::{NotSent, Outbox};
 use crate::amqp::sync::lock;
 use crate::client::correlation::CorrelationId;
 use crate::message::headers::Headers;
@@ -60,6 +61,12 @@ impl Outgoing {
             channel: (packed >> 48) as u16,
             number: packed & (u64::MAX >> 16),
         })
+    }
+}
+
+impl Content for Outgoing {
+    fn body(&self) -> &[u8] {
+        &self.request.body
     }
 }
 
@@ -144,8 +151,7 @@ impl Link {
         self.unconfirmed.is_some()
     }
 
-    /// Sends a request if there is room. To `collect`, it is appended to what is sent next, unless
-    /// it is large.
+    /// Sends a request if there is room. To `collect`, it is appended to what is sent next.
     ///
     /// # Errors
     ///
@@ -153,18 +159,15 @@ impl Link {
     pub fn send(
         &self,
         id: CorrelationId,
-        outgoing: &Outgoing,
+        outgoing: &Arc<Outgoing>,
         deadline: Instant,
         collect: bool,
     ) -> Result<(), NotSent> {
-        if outgoing.request.body.len() >= LARGE_MIN {
-            return self.send_large(id, outgoing, deadline);
-        }
         let mut place = None;
-        let encode = |out: &mut Vec<u8>| {
-            place = self.take_place(id, outgoing, None);
+        let encode = |out: &mut Backlog| {
+            place = self.take_place(id, outgoing);
             if let Some(place) = place {
-                self.encode(id, &outgoing.request, deadline, place.channel, out);
+                self.encode(id, outgoing, deadline, place.channel, out);
             }
         };
         if !collect {
@@ -175,38 +178,12 @@ impl Link {
         place.map(drop).ok_or(NotSent::Outdated)
     }
 
-    /// Encodes without the outbox locked; anew if the channel has changed meanwhile.
-    fn send_large(
-        &self,
-        id: CorrelationId,
-        outgoing: &Outgoing,
-        deadline: Instant,
-    ) -> Result<(), NotSent> {
-        loop {
-            let channel = self.channel().id();
-            let encode = |out: &mut Vec<u8>| {
-                self.encode(id, &outgoing.request, deadline, channel, out);
-            };
-            let check = || self.take_place(id, outgoing, Some(channel)).is_some();
-            let sent = self.outbox.try_send_large(encode, check);
-            if sent != Err(NotSent::Outdated) || self.channel().id() == channel {
-                return sent;
-            }
-        }
-    }
-
-    /// Gives a request its place on the channel, on that one if it is given; `None` if that is
-    /// closed, or another one is in its place. To be called with the outbox locked: so places are
-    /// in the order in which requests leave, and nothing is sent on a channel after it is closed.
-    fn take_place(
-        &self,
-        id: CorrelationId,
-        outgoing: &Outgoing,
-        channel: Option<u16>,
-    ) -> Option<Place> {
+    /// Gives a request its place on the channel; `None` if that is closed. To be called with the
+    /// outbox locked: so places are in the order in which requests leave, and nothing is sent on a
+    /// channel after it is closed.
+    fn take_place(&self, id: CorrelationId, outgoing: &Outgoing) -> Option<Place> {
         let mut publishing = lock(&self.publishing);
-        let is_other = channel.is_some_and(|channel| channel != publishing.channel.id());
-        if is_other || !publishing.channel.is_open() {
+        if !publishing.channel.is_open() {
             return None;
         }
         publishing.count += 1;
@@ -226,11 +203,12 @@ impl Link {
     fn encode(
         &self,
         id: CorrelationId,
-        request: &OutgoingRequest,
+        outgoing: &Arc<Outgoing>,
         deadline: Instant,
         channel: u16,
-        out: &mut Vec<u8>,
+        out: &mut Backlog,
     ) {
+        let request = &outgoing.request;
         let correlation_id = id.to_string();
         // At least 1: a message that expires in 0 ms is only delivered to a consumer that is
         // waiting for it. At most what the broker accepts, 49 days.
@@ -248,9 +226,10 @@ impl Link {
                 reply_to: Some(self.reply_to.as_bytes()),
                 expiration: Some(expiration.as_bytes()),
             },
-            body: &request.body,
+            body_len: request.body.len(),
         };
-        put_publish(out, channel, &message);
+        let content: Arc<dyn Content> = outgoing.clone();
+        out.publish(channel, &message, &content);
     }
 
     /// What the broker has confirmed, or says that it has lost.

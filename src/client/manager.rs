@@ -268,7 +268,7 @@ impl Manager {
             routing_key: NOBODY,
             mandatory: false,
             properties: Properties::default(),
-            body: b"",
+            body_len: 0,
         };
         publishing.say(|out, id| put_publish(out, id, &for_nobody));
         let mut name = match self.shared.options.reply_to {

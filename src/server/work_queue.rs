@@ -7,8 +7,9 @@
 //! meanwhile, the broker delivers the request again, perhaps to us: then it is not begun a second
 //! time, and the answer goes to where it has come back. Until it does, it is an *orphan*.
 
+use crate::amqp::backlog::{Backlog, Content};
 use crate::amqp::channel::Channel;
-use crate::amqp::frame::{Publish, put_ack, put_publish, put_qos};
+use crate::amqp::frame::{Publish, put_ack, put_qos};
 use crate::amqp::inbox::{Inbox, Lead, READ_TIME_MAX, Sink};
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Delivery, Incoming};
 use crate::amqp::outbox::{APPENDED_MAX, NotSent, Outbox};
@@ -283,7 +284,7 @@ impl WorkQueue {
 
     /// Ends what the worker of that number has begun: sends the reply, if there is to be one, and
     /// the acknowledgement.
-    pub fn finish(&self, worker: usize, reply: Option<&Publish<'_>>) {
+    pub fn finish(&self, worker: usize, reply: Option<(&Publish<'_>, &Arc<dyn Content>)>) {
         let mut state = self.lock();
         while let Some(execution) = &state.executing[worker] {
             let key = execution.key;
@@ -301,22 +302,24 @@ impl WorkQueue {
                 state.suspects.sent(channel.id(), key, self.prefetch);
             }
             let on_trial = state.suspects.is_on_trial(key);
-            let encode = |out: &mut Vec<u8>, id: u16| {
-                if let Some(reply) = reply {
-                    put_publish(out, id, reply);
+            let encode = |out: &mut Backlog, id: u16| {
+                if let Some((reply, content)) = reply {
+                    out.publish(id, reply, content);
                 }
-                if let Some(tag) = tag {
-                    put_ack(out, id, tag);
-                }
-                if on_trial {
-                    put_qos(out, id, self.prefetch);
-                }
+                out.append(|out| {
+                    if let Some(tag) = tag {
+                        put_ack(out, id, tag);
+                    }
+                    if on_trial {
+                        put_qos(out, id, self.prefetch);
+                    }
+                });
             };
             // Two workers, two requests that are quickly done: this worker has the first, and has
             // woken the other for the second. The other sends what is there to be sent when it
-            // comes, so this reply can leave with that one in one write. A long one is neither
-            // copied nor written under the lock that all workers need.
-            let len = reply.map_or(0, |reply| reply.body.len());
+            // comes, so this reply can leave with that one in one write. A long one is not copied
+            // under the lock that all workers need.
+            let len = reply.map_or(0, |(reply, _)| reply.body_len);
             let leave = len < APPENDED_MAX && !state.backlog.is_empty() && state.woken > 0;
             let appended = match leave {
                 true => channel.try_append(encode),
@@ -332,7 +335,7 @@ impl WorkQueue {
                 }
                 Err(NotSent::Full) => {
                     drop(state);
-                    let sent = channel.send(len, encode);
+                    let sent = channel.send(encode);
                     state = self.lock();
                     sent
                 }

@@ -1,5 +1,6 @@
 //! A worker: a thread that takes a request, runs the handler, and sends reply and acknowledgement.
 
+use crate::amqp::backlog::Content;
 use crate::amqp::frame::Publish;
 use crate::amqp::incoming::{Delivery, Message};
 use crate::message::{RemoteError, Response, return_address};
@@ -10,6 +11,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+impl Content for Response {
+    fn body(&self) -> &[u8] {
+        Response::body(self)
+    }
+}
 
 /// A user's function, and whatever makes a message of its outcome.
 pub(crate) type Handler = dyn Fn(&Request) -> Result<Response, RemoteError> + Send + Sync;
@@ -76,14 +83,16 @@ impl Worker {
                 return self.queue.finish(number, None);
             }
         };
+        let response = Arc::new(response);
         let reply = Publish {
             routing_key: reply_to,
             // A caller that is gone needs no answer.
             mandatory: false,
             properties: response.properties(correlation_id),
-            body: response.body(),
+            body_len: response.body().len(),
         };
-        self.queue.finish(number, Some(&reply));
+        let content: Arc<dyn Content> = response.clone();
+        self.queue.finish(number, Some((&reply, &content)));
     }
 
     /// Runs the handler.

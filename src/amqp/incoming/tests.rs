@@ -1,5 +1,5 @@
 use super::*;
-use crate::amqp::frame::{Properties, Publish, put_ack, put_publish};
+use crate::amqp::frame::{FRAME_MIN, Properties, Publish, put_ack, put_body, put_publish};
 use proptest::prelude::*;
 
 /// A delivery as the broker writes it. Its content is laid out as that of a publish.
@@ -27,9 +27,10 @@ fn put_content(out: &mut Vec<u8>, channel: u16, properties: Properties<'_>, body
         routing_key: b"q",
         mandatory: false,
         properties,
-        body,
+        body_len: body.len(),
     };
     put_publish(&mut publish, channel, &message);
+    put_body(&mut publish, channel, FRAME_MIN, body);
     let method = frame_len(&publish).unwrap().unwrap();
     out.extend_from_slice(&publish[method..]);
 }
@@ -44,10 +45,9 @@ fn put_raw(out: &mut Vec<u8>, kind: u8, channel: u16, payload: &[u8]) {
 
 fn take_all(assembler: &mut Assembler, mut bytes: &[u8]) -> Result<Vec<Parsed>, Malformed> {
     let mut taken = Vec::new();
-    while let Some(len) = frame_len(bytes)? {
-        let (frame, rest) = bytes.split_at_checked(len).ok_or(Malformed)?;
-        taken.push(assembler.take(frame)?);
-        bytes = rest;
+    while let Some(Taken { len, parsed }) = assembler.take(bytes)? {
+        taken.push(parsed);
+        bytes = &bytes[len..];
     }
     Ok(taken)
 }
@@ -125,6 +125,36 @@ proptest! {
             let _ = assembler.take(&out);
         }
         let _ = take_all(&mut assembler, &bytes);
+    }
+
+    #[test]
+    fn a_delivery_reads_the_same_in_whatever_pieces_it_arrives(
+        body in proptest::collection::vec(any::<u8>(), 0..10_000),
+        pieces in proptest::collection::vec(1..3000_usize, 1..40),
+    ) {
+        let mut out = Vec::new();
+        put_delivery(&mut out, 1, 1, Properties::default(), &body);
+        put_delivery(&mut out, 2, 2, Properties::default(), &body);
+        let (mut assembler, mut taken, mut buffer) = (Assembler::default(), Vec::new(), Vec::new());
+        let mut pieces = pieces.into_iter().cycle();
+        while !out.is_empty() {
+            let piece = pieces.next().map_or(1, |len| len.min(out.len()));
+            buffer.extend(out.drain(..piece));
+            while let Some(Taken { len, parsed }) = assembler.take(&buffer).unwrap() {
+                prop_assert!(len > 0 && !parsed.pass_on);
+                taken.extend(parsed.incoming);
+                buffer.drain(..len);
+            }
+        }
+        prop_assert!(buffer.is_empty());
+        let bodies: Vec<_> = taken
+            .into_iter()
+            .map(|incoming| match incoming {
+                Incoming::Delivery(delivery) => (delivery.channel, delivery.message.body),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        prop_assert_eq!(bodies, [(1, body.clone()), (2, body)]);
     }
 
     #[test]
@@ -258,6 +288,7 @@ fn the_brokers_offer_is_read_and_its_heartbeat_replaced() {
     put_raw(&mut frame, METHOD, 0, b"\0\x0a\0\x1e\x07\xff\0\x02\0\0\0\0");
     let offer = |heartbeat| Tune {
         channel_max: 2047,
+        frame_max: 131_072,
         heartbeat,
     };
     assert_eq!(Tune::from_frame(&frame), Some(offer(0)));
@@ -329,6 +360,16 @@ fn content_without_its_method_or_beyond_its_length_is_malformed() {
     put_delivery(&mut long, 1, 1, Properties::default(), b"");
     put_raw(&mut long, BODY, 1, b"more");
     assert_eq!(take_all(&mut Assembler::default(), &long), Err(Malformed));
+    // Also before it is there as a whole, and where its end should be.
+    long.truncate(long.len() - 2);
+    assert_eq!(take_all(&mut Assembler::default(), &long), Err(Malformed));
+    let mut endless = Vec::new();
+    put_delivery(&mut endless, 1, 1, Properties::default(), b"body");
+    *endless.last_mut().unwrap() = 0;
+    let mut assembler = Assembler::default();
+    let (most, last) = endless.split_at(endless.len() - 3);
+    assert_eq!(take_all(&mut assembler, most).unwrap().len(), 4);
+    assert_eq!(take_all(&mut assembler, last), Err(Malformed));
 }
 
 #[test]
