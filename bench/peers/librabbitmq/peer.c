@@ -1,7 +1,8 @@
 // Tutorial six (RPC) in C with librabbitmq: the server and the client of the benchmark.
 //
-//   peer server --url URL --queue Q --workers W --prefetch P
+//   peer server --url URL --queue Q --workers W --prefetch P [--echo 1]
 //   peer client --url URL --queue Q --requests N --warmup M --concurrency C --argument n
+//                                                                        or --size BYTES
 //
 // What makes it fast:
 // - Frames are read with amqp_simple_wait_frame. amqp_consume_message would copy every delivery's
@@ -36,15 +37,17 @@ enum { NUMBER_MAX_BYTES = 24 };
 
 typedef struct {
     const char *url, *queue;
-    uint32_t workers, prefetch, requests, warmup, concurrency, argument;
+    uint32_t workers, prefetch, requests, warmup, concurrency, argument, echo, size;
 } options_t;
 
 // What of a delivery the server and the client look at. The bytes are the library's, and valid
-// until amqp_maybe_release_buffers; only a body is moved, for it may come in several frames.
+// until amqp_maybe_release_buffers; only a body is moved, for it may come in several frames. Its
+// room is kept for the next one, and grows. Behind it is a '\0'.
 typedef struct {
     uint64_t tag;
     amqp_bytes_t correlation_id, reply_to;
-    char body[NUMBER_MAX_BYTES];
+    char *body;
+    size_t body_size, room;
 } delivery_t;
 
 static void die(const char *what, const char *why) {
@@ -128,7 +131,12 @@ static void read_delivery(amqp_connection_state_t connection, delivery_t *delive
     delivery->reply_to = answerable ? properties->reply_to : amqp_empty_bytes;
 
     size_t size = frame.payload.properties.body_size, got = 0;
-    if (size >= sizeof delivery->body) die("read", "a body too long for a number");
+    if (size >= delivery->room) {
+        free(delivery->body);
+        delivery->room = size + NUMBER_MAX_BYTES;
+        delivery->body = malloc(delivery->room);
+        if (!delivery->body) die("read", "no memory for the body");
+    }
     while (got < size) {
         read_frame(connection, &frame, timeout);
         amqp_bytes_t part = frame.payload.body_fragment;
@@ -136,6 +144,7 @@ static void read_delivery(amqp_connection_state_t connection, delivery_t *delive
         got += part.len;
     }
     delivery->body[got] = '\0';
+    delivery->body_size = size;
 }
 
 // Whether another delivery can be read without waiting (its first bytes at least are here).
@@ -157,18 +166,21 @@ static void serve(const options_t *options, int ready) {
     check_reply("consume", amqp_get_rpc_reply(connection));
     if (write(ready, "", 1) != 1) die("serve", "the parent is gone");
 
+    delivery_t request = {0};
     for (;;) {
-        delivery_t request;
         bool corked = false;
         do {
             read_delivery(connection, &request, NULL);
             if (!corked) cork(connection, true);
             corked = true;
             char answer[NUMBER_MAX_BYTES];
-            uint32_t n = strtoul(request.body, NULL, 10);
-            int length = snprintf(answer, sizeof answer, "%" PRIu64, fib(n));
-            publish(connection, request.reply_to, request.correlation_id, amqp_empty_bytes,
-                    (amqp_bytes_t){length, answer});
+            amqp_bytes_t body = {request.body_size, request.body};
+            if (!options->echo) {
+                uint32_t n = strtoul(request.body, NULL, 10);
+                int length = snprintf(answer, sizeof answer, "%" PRIu64, fib(n));
+                body = (amqp_bytes_t){length, answer};
+            }
+            publish(connection, request.reply_to, request.correlation_id, amqp_empty_bytes, body);
             check("ack", amqp_basic_ack(connection, CHANNEL, request.tag, false));
             amqp_maybe_release_buffers(connection);
         } while (more_is_here(connection));
@@ -206,8 +218,7 @@ static int server(const options_t *options) {
 
 typedef struct {
     amqp_connection_state_t connection;
-    amqp_bytes_t queue, callback_queue, request;
-    char expected[NUMBER_MAX_BYTES];
+    amqp_bytes_t queue, callback_queue, request, expected;
     uint32_t concurrency;
     uint64_t next_id; // correlation ids are this number in decimal, over all calls
 } client_t;
@@ -225,6 +236,7 @@ static result_t call_many(client_t *client, uint32_t count) {
     uint64_t first_id = client->next_id;
     double *sent_s = calloc(count + 1, sizeof(double)); // when, by id; 0 if not under way
     result_t result = {.latencies_s = calloc(count + 1, sizeof(double))};
+    delivery_t reply = {0};
     uint32_t sent = 0, in_flight = 0;
     double began_s = now_s(), at_s = began_s;
 
@@ -242,7 +254,6 @@ static result_t call_many(client_t *client, uint32_t count) {
         if (several) cork(connection, false);
         // All replies that have come in, so that the next requests leave together, too.
         do {
-            delivery_t reply;
             read_delivery(connection, &reply, &timeout);
             char id[NUMBER_MAX_BYTES] = "";
             if (reply.correlation_id.len < sizeof id)
@@ -254,12 +265,15 @@ static result_t call_many(client_t *client, uint32_t count) {
             result.latencies_s[result.ok + result.wrong] = at_s - sent_s[call];
             sent_s[call] = 0;
             in_flight--;
-            if (strcmp(reply.body, client->expected) == 0) result.ok++;
+            if (reply.body_size == client->expected.len &&
+                memcmp(reply.body, client->expected.bytes, reply.body_size) == 0)
+                result.ok++;
             else result.wrong++;
         } while (more_is_here(connection));
     }
     result.seconds = at_s - began_s;
     free(sent_s);
+    free(reply.body);
     return result;
 }
 
@@ -268,16 +282,26 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+// A body in which no octet is like its neighbour, and no frame like the next.
+static amqp_bytes_t octets(size_t size) {
+    unsigned char *bytes = malloc(size);
+    if (!bytes) die("--size", "no memory for it");
+    for (size_t i = 0; i < size; i++) bytes[i] = i % 251;
+    return (amqp_bytes_t){size, bytes};
+}
+
 static int client(const options_t *options) {
     client_t client = {
         .connection = open_connection(options->url),
         .queue = amqp_cstring_bytes(options->queue),
         .concurrency = options->concurrency,
     };
-    char request[NUMBER_MAX_BYTES];
+    char request[NUMBER_MAX_BYTES], expected[NUMBER_MAX_BYTES];
     snprintf(request, sizeof request, "%" PRIu32, options->argument);
+    snprintf(expected, sizeof expected, "%" PRIu64, fib(options->argument));
     client.request = amqp_cstring_bytes(request);
-    snprintf(client.expected, sizeof client.expected, "%" PRIu64, fib(options->argument));
+    client.expected = amqp_cstring_bytes(expected);
+    if (options->size) client.request = client.expected = octets(options->size);
 
     amqp_queue_declare_ok_t *declared = amqp_queue_declare(
         client.connection, CHANNEL, amqp_empty_bytes, false, false, true, true, amqp_empty_table);
@@ -314,6 +338,8 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--warmup") == 0) options.warmup = number;
         else if (strcmp(argv[i], "--concurrency") == 0) options.concurrency = number;
         else if (strcmp(argv[i], "--argument") == 0) options.argument = number;
+        else if (strcmp(argv[i], "--echo") == 0) options.echo = number;
+        else if (strcmp(argv[i], "--size") == 0) options.size = number;
         else die(argv[i], "no such option");
     }
     if (argc < 2 || !options.url || !options.queue) die("usage", "see the head of peer.c");

@@ -13,6 +13,7 @@
 //! - The server has one connection, and a thread with a channel of its own for each worker. That
 //!   beats a connection each.
 
+#[allow(dead_code)] // it has options for other peers, too
 #[path = "../../common.rs"]
 mod common;
 
@@ -20,9 +21,10 @@ use amiquip::{
     AmqpProperties, Auth, Channel, Connection, ConnectionOptions, ConnectionTuning, Consumer,
     ConsumerMessage, ConsumerOptions, Delivery, Publish, QueueDeclareOptions,
 };
-use common::{CONTENT_TYPE, Options, REPLY_TIMEOUT, Run, answer, arguments, die};
+use common::{CONTENT_TYPE, Options, REPLY_TIMEOUT, Run, arguments, die};
 use percent_encoding::percent_decode_str;
 use std::error::Error;
+use std::mem::take;
 use std::net::TcpStream;
 use std::process::exit;
 use std::sync::mpsc;
@@ -102,14 +104,14 @@ fn work(channel: &Channel, options: &Options, ready: &mpsc::Sender<()>) -> Resul
     let requests = channel.basic_consume(options.queue.as_str(), ConsumerOptions::default())?;
     ready.send(())?;
     for message in requests.receiver() {
-        let request = delivery(message)?;
+        let mut request = delivery(message)?;
         let mut properties = AmqpProperties::default().with_content_type(CONTENT_TYPE.into());
         if let Some(id) = request.properties.correlation_id() {
             properties = properties.with_correlation_id(id.clone());
         }
         let reply_to = request.properties.reply_to().clone().unwrap_or_default();
-        let body = answer(&request.body);
-        let reply = Publish::with_properties(body.as_bytes(), reply_to, properties);
+        let body = options.answer(take(&mut request.body));
+        let reply = Publish::with_properties(&body, reply_to, properties);
         channel.basic_publish("", reply)?;
         requests.ack(request)?;
     }
@@ -137,7 +139,7 @@ fn client(options: &Options) -> Result<()> {
         channel: &channel,
         replies: &replies,
         queue: &options.queue,
-        body: options.argument.to_string(),
+        body: options.body(),
         properties: AmqpProperties::default()
             .with_content_type(CONTENT_TYPE.into())
             .with_reply_to(callback.name().to_owned()),
@@ -155,7 +157,7 @@ struct Caller<'a> {
     channel: &'a Channel,
     replies: &'a Consumer<'a>,
     queue: &'a str,
-    body: String,
+    body: Vec<u8>,
     properties: AmqpProperties,
 }
 
@@ -165,8 +167,7 @@ impl Caller<'_> {
         while !run.is_done() {
             while let Some(id) = run.next_id() {
                 let properties = self.properties.clone().with_correlation_id(id);
-                let request =
-                    Publish::with_properties(self.body.as_bytes(), self.queue, properties);
+                let request = Publish::with_properties(&self.body, self.queue, properties);
                 self.channel.basic_publish("", request)?;
             }
             let first = receiver.recv_timeout(REPLY_TIMEOUT)?;

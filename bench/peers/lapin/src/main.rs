@@ -1,9 +1,13 @@
 //! Tutorial six (RPC) in Rust with lapin on tokio: the server and the client of the benchmark.
 //!
 //! ```text
-//! lapin-peer server --url URL --queue Q --workers W --prefetch P
+//! lapin-peer server --url URL --queue Q --workers W --prefetch P [--echo 1]
 //! lapin-peer client --url URL --queue Q --requests N --warmup M --concurrency C --argument n
+//!                                                                            or --size BYTES
 //! ```
+//!
+//! With `amqps://`, `--ca FILE` names the authority that signed the broker's certificate; TLS is
+//! rustls with ring, as in fibrpc.
 //!
 //! What makes it fast:
 //!
@@ -13,18 +17,22 @@
 //! - All tasks share one thread (`current_thread`). There is nothing to compute in parallel at
 //!   small n, and a wake-up across tokio's threads costs more than the work.
 
+#[allow(dead_code)] // it has options for other peers, too
 #[path = "../../common.rs"]
 mod common;
 
-use common::{CONTENT_TYPE, Options, REPLY_TIMEOUT, Run, answer, arguments, die};
+use common::{CONTENT_TYPE, Options, REPLY_TIMEOUT, Run, arguments, die};
 use futures_lite::StreamExt;
 use futures_lite::future::poll_once;
 use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, QueueDeclareOptions,
 };
+use lapin::runtime::default_runtime;
+use lapin::tcp::OwnedTLSConfig;
 use lapin::types::{FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer, Result};
+use std::fs;
 use std::process::exit;
 use tokio::task::JoinSet;
 
@@ -44,7 +52,16 @@ async fn main() {
 }
 
 async fn connect(options: &Options) -> Result<Connection> {
-    Connection::connect(&options.url, ConnectionProperties::default()).await
+    let cert_chain = options
+        .ca
+        .as_ref()
+        .map(|file| fs::read_to_string(file).unwrap_or_else(|error| die(file, &error.to_string())));
+    let tls = OwnedTLSConfig {
+        cert_chain,
+        ..Default::default()
+    };
+    let (properties, runtime) = (ConnectionProperties::default(), default_runtime()?);
+    Connection::connect_with_config(&options.url, properties, tls, runtime).await
 }
 
 async fn consume(channel: &Channel, queue: &ShortString, no_ack: bool) -> Result<Consumer> {
@@ -73,7 +90,7 @@ async fn server(options: &Options) -> Result<i32> {
             .basic_qos(options.prefetch, BasicQosOptions::default())
             .await?;
         let consumer = consume(&channel, &queue, false).await?;
-        workers.spawn(work(channel, consumer));
+        workers.spawn(work(channel, consumer, options.clone()));
     }
     println!(" [x] Awaiting RPC requests");
     match workers.join_next().await {
@@ -82,7 +99,7 @@ async fn server(options: &Options) -> Result<i32> {
     }
 }
 
-async fn work(channel: Channel, mut requests: Consumer) -> Result<()> {
+async fn work(channel: Channel, mut requests: Consumer, options: Options) -> Result<()> {
     while let Some(request) = requests.next().await {
         let Delivery {
             delivery_tag,
@@ -95,12 +112,12 @@ async fn work(channel: Channel, mut requests: Consumer) -> Result<()> {
         if let Some(id) = properties.correlation_id() {
             reply = reply.with_correlation_id(id.clone());
         }
-        let body = answer(&data);
-        let options = BasicPublishOptions::default();
+        let body = options.answer(data);
+        let publish = BasicPublishOptions::default();
         // This waits until the reply is written. It must: lapin lets methods such as the ack
         // overtake messages in its queue, and the ack is to come second.
         channel
-            .basic_publish("".into(), reply_to, options, body.as_bytes(), reply)
+            .basic_publish("".into(), reply_to, publish, &body, reply)
             .await?;
         // The ack need not have been written before the next request is looked at.
         poll_once(channel.basic_ack(delivery_tag, BasicAckOptions::default()))
@@ -128,7 +145,7 @@ async fn client(options: &Options) -> Result<i32> {
     let caller = Caller {
         channel,
         queue: options.queue.as_str().into(),
-        body: options.argument.to_string(),
+        body: options.body(),
         properties: BasicProperties::default()
             .with_content_type(CONTENT_TYPE.into())
             .with_reply_to(callback.name().clone()),
@@ -143,7 +160,7 @@ async fn client(options: &Options) -> Result<i32> {
 struct Caller {
     channel: Channel,
     queue: ShortString,
-    body: String,
+    body: Vec<u8>,
     properties: BasicProperties,
 }
 
@@ -170,7 +187,7 @@ impl Caller {
             "".into(),
             self.queue.clone(),
             BasicPublishOptions::default(),
-            self.body.as_bytes(),
+            &self.body,
             self.properties.clone().with_correlation_id(id.into()),
         );
         poll_once(publish).await.transpose().map(drop)
