@@ -1,9 +1,8 @@
 //! AMQP 0-9-1 over a socket that amiquip and we share. It does not know what a request is.
 //!
-//! amiquip has the handshake, channels, queues and heartbeats; it is named in this folder alone.
-//! The class `basic` (publish, deliver, acknowledge, ...) is ours, in both directions, because a
-//! message that amiquip carries costs several wake-ups of threads, and one that we carry costs
-//! none. In reading order:
+//! amiquip has the handshake, heartbeats and the end; it is named in this folder alone. All that is
+//! said on a channel is ours, in both directions, because a message that amiquip carries costs
+//! several wake-ups of threads, and one that we carry costs none. In reading order:
 
 pub(crate) mod endpoint; // brokers' URLs
 pub(crate) mod error; // what goes wrong, in our words
@@ -20,6 +19,7 @@ pub(crate) mod stream; // what amiquip takes for it
 #[cfg(feature = "tls")]
 pub(crate) mod tls;
 pub(crate) mod transport; // plain, or TLS
+pub(crate) mod wait; // asleep or not
 
 pub(crate) mod brokers; // which one to connect to
 pub(crate) mod channel;

@@ -13,6 +13,7 @@
 use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, Taken, Tune};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::{Down, Transport};
+use crate::amqp::wait::{BUSY_TIME, Spin, Wait};
 use crossbeam_channel::Sender;
 use mio::unix::EventedFd;
 use mio::{Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
@@ -20,10 +21,14 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How much is read from the socket at a time, in bytes.
 const READ_LEN: usize = 64 << 10;
+
+/// How often amiquip's I/O thread reads a large message before it sees what else there is to do.
+const READS_MAX: usize = 16;
 
 /// A buffer that a large frame has grown beyond this is given back, in bytes.
 const BUFFER_KEPT_MAX: usize = 1 << 20;
@@ -93,6 +98,7 @@ struct Reader {
     read_time: Duration,
     /// When amiquip last got anything.
     life_sign: Instant,
+    spin: Spin,
 }
 
 #[derive(Default)]
@@ -132,6 +138,7 @@ impl Inbox {
                 assembler: Assembler::default(),
                 read_time: READ_TIME_MAX,
                 life_sign: Instant::now(),
+                spin: Spin::default(),
             }),
             transport,
             watch,
@@ -209,7 +216,7 @@ impl Inbox {
         };
         // Only now does it hold that what is there to read stays there.
         if self.has_fired() {
-            let _ = lead.read(READ_TIME_MAX, |incoming| self.sink.accept(incoming));
+            let _ = lead.read_what_is_there(|incoming| self.sink.accept(incoming));
             drop(lead);
             self.sink.done();
         } else {
@@ -355,40 +362,45 @@ impl Drop for Lead<'_> {
 }
 
 impl Lead<'_> {
-    /// Waits for something to arrive, for about `time` and never much longer than
-    /// [`READ_TIME_MAX`], and dispatches it. Nothing may arrive.
+    /// Waits for a message to arrive, for about `time` and never much longer than
+    /// [`READ_TIME_MAX`], and dispatches whatever arrives. Nothing may arrive. Before it blocks, it
+    /// asks the socket again and again for up to `spin`, if that pays ([`Spin`]).
     ///
     /// # Errors
     ///
     /// The connection is dead.
-    pub fn read(&mut self, time: Duration, mut take: impl FnMut(Incoming)) -> Result<(), Down> {
+    pub fn read(
+        &mut self,
+        time: Duration,
+        spin: Duration,
+        mut take: impl FnMut(Incoming),
+    ) -> Result<(), Down> {
         let inbox = self.inbox;
-        let Some(reader) = self.reader.as_deref_mut() else {
-            return Err(Down);
-        };
-        let result = reader
-            .set_read_time(&inbox.transport, time)
-            .and_then(|()| reader.fill(&inbox.transport));
-        match result {
-            Ok(0) => {
-                inbox.end(End::Closed);
-                return Err(Down);
-            }
-            Ok(_) => {}
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-                ) =>
-            {
+        let reader = self.reader.as_deref_mut().ok_or(Down)?;
+        let until = Instant::now() + time.min(READ_TIME_MAX);
+        let mut time = time;
+        loop {
+            let read = reader.wait(&inbox.transport, time, spin);
+            let goes_on = reader.take(inbox, read, &mut take)?;
+            // Who waits for a message has nothing to do about a part of one.
+            time = until.saturating_duration_since(Instant::now());
+            if !goes_on || time.is_zero() {
                 return Ok(());
             }
-            Err(error) => {
-                inbox.fail(&error);
-                return Err(Down);
+        }
+    }
+
+    /// Reads what is there, or a good part of it, and dispatches it; does not wait.
+    fn read_what_is_there(&mut self, mut take: impl FnMut(Incoming)) -> Result<(), Down> {
+        let inbox = self.inbox;
+        let reader = self.reader.as_deref_mut().ok_or(Down)?;
+        for _ in 0..READS_MAX {
+            let read = reader.fill(&inbox.transport, Wait::Not);
+            if !reader.take(inbox, read, &mut take)? {
+                break;
             }
         }
-        reader.dispatch(inbox, &mut take)
+        Ok(())
     }
 }
 
@@ -404,25 +416,98 @@ impl Reader {
         Ok(())
     }
 
-    fn fill(&mut self, transport: &Transport) -> io::Result<usize> {
+    /// Reads once something has arrived.
+    fn wait(
+        &mut self,
+        transport: &Transport,
+        time: Duration,
+        spin: Duration,
+    ) -> io::Result<usize> {
+        let spin = spin.min(time);
+        if self.spin.pays(spin) {
+            let began = Instant::now();
+            let mut asked = began;
+            loop {
+                match self.fill(transport, Wait::Not) {
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    done => {
+                        self.spin.paid();
+                        return done;
+                    }
+                }
+                if std::env::var_os("NOYIELD").is_none() {thread::yield_now();}
+                let now = Instant::now();
+                // Somebody else has run meanwhile, or wants to.
+                if now - asked > BUSY_TIME || now - began >= spin {
+                    break;
+                }
+                asked = now;
+            }
+            self.spin.was_in_vain();
+        }
+        self.set_read_time(transport, time)?;
+        if spin.is_zero() {
+            return self.fill(transport, Wait::AsSet);
+        }
+        let began = Instant::now();
+        let done = self.fill(transport, Wait::AsSet);
+        self.spin.slept(began.elapsed() <= spin);
+        done
+    }
+
+    fn fill(&mut self, transport: &Transport, wait: Wait) -> io::Result<usize> {
         if self.filled == 0 && self.bytes.len() > BUFFER_KEPT_MAX {
             self.bytes = Vec::new();
         }
         if self.bytes.len() < self.filled + READ_LEN {
             self.bytes.resize(self.filled + READ_LEN, 0);
         }
-        let len = transport.read(&mut self.bytes[self.filled..])?;
+        let len = transport.read(&mut self.bytes[self.filled..], wait)?;
         self.filled += len;
         Ok(len)
     }
 
-    /// Dispatches all whole frames.
+    /// Dispatches what was read; says whether all of that was a part of a message that is not whole
+    /// yet.
     ///
     /// # Errors
     ///
-    /// The connection is dead: one of them was malformed.
-    fn dispatch(&mut self, inbox: &Inbox, take: &mut impl FnMut(Incoming)) -> Result<(), Down> {
+    /// The connection is dead.
+    fn take(
+        &mut self,
+        inbox: &Inbox,
+        read: io::Result<usize>,
+        take: &mut impl FnMut(Incoming),
+    ) -> Result<bool, Down> {
+        match read {
+            Ok(0) => {
+                inbox.end(End::Closed);
+                Err(Down)
+            }
+            Ok(_) => self.dispatch(inbox, take),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                ) =>
+            {
+                Ok(false)
+            }
+            Err(error) => {
+                inbox.fail(&error);
+                Err(Down)
+            }
+        }
+    }
+
+    /// Dispatches all that is whole; says whether that was nothing, and a message has begun.
+    ///
+    /// # Errors
+    ///
+    /// The connection is dead: a frame was malformed.
+    fn dispatch(&mut self, inbox: &Inbox, take: &mut impl FnMut(Incoming)) -> Result<bool, Down> {
         let mut at = 0;
+        let mut taken = false;
         let mut fed = false;
         loop {
             let bytes = &self.bytes[at..self.filled];
@@ -434,6 +519,7 @@ impl Reader {
                     }
                     if let Some(incoming) = parsed.incoming {
                         take(incoming);
+                        taken = true;
                     }
                     at += len;
                 }
@@ -460,6 +546,6 @@ impl Reader {
             self.life_sign = now;
             inbox.call_amiquip();
         }
-        Ok(())
+        Ok(!taken && self.assembler.has_begun())
     }
 }

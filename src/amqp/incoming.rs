@@ -409,6 +409,11 @@ impl Assembler {
         }
     }
 
+    /// Whether a message has begun that is not whole.
+    pub fn has_begun(&self) -> bool {
+        !self.unfinished.is_empty()
+    }
+
     /// Takes more of the frame of which a part has been taken.
     fn take_part(&mut self, bytes: &[u8]) -> Result<Option<Taken>, Malformed> {
         let (Some(cut), Some(first)) = (&mut self.cut, bytes.first()) else {

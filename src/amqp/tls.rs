@@ -4,6 +4,7 @@
 //! naming that certificate ([`TlsOptions::ca_file`]).
 
 use crate::amqp::pem;
+use crate::amqp::wait::Wait;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{WebPkiServerVerifier, verify_server_name};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -326,14 +327,14 @@ impl TlsStream {
 
     /// Reads as of [`io::Read::read`]; [`ErrorKind::WouldBlock`] also when only a part of a
     /// record has arrived. `out` has room for more than [`READ_LEN`].
-    pub fn read(&self, out: &mut [u8]) -> io::Result<usize> {
+    pub fn read(&self, out: &mut [u8], wait: Wait) -> io::Result<usize> {
         let len = take(&mut self.session(), out)?;
         if len != Some(0) {
             return Ok(len.unwrap_or(0));
         }
         let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
-        // Blocks, without the session, so that others can write meanwhile.
-        let read = (&self.socket).read(&mut incoming)?;
+        // May block, without the session, so that others can write meanwhile.
+        let read = wait.read(&self.socket, &mut incoming)?;
         if read == 0 {
             return Ok(0);
         }

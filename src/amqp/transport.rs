@@ -4,8 +4,9 @@
 use crate::amqp::backlog::Parts;
 #[cfg(feature = "tls")]
 use crate::amqp::tls::TlsStream;
+use crate::amqp::wait::Wait;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 
@@ -39,12 +40,12 @@ impl Transport {
         }
     }
 
-    /// Reads, and blocks for as long as the socket is set to. One thread at a time may.
-    pub fn read(&self, out: &mut [u8]) -> io::Result<usize> {
+    /// Reads. One thread at a time may.
+    pub fn read(&self, out: &mut [u8], wait: Wait) -> io::Result<usize> {
         match self {
-            Transport::Plain(socket) => (&**socket).read(out),
+            Transport::Plain(socket) => wait.read(socket, out),
             #[cfg(feature = "tls")]
-            Transport::Tls(stream) => stream.read(out),
+            Transport::Tls(stream) => stream.read(out, wait),
         }
     }
 

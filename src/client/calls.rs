@@ -414,7 +414,7 @@ impl<'c, K> Calls<'c, K> {
             return self.learn(event);
         }
         let (shared, open, ready) = (self.shared, &self.open, &mut self.ready);
-        let read = lead.read(timeout, |incoming| {
+        let read = lead.read(timeout, shared.spin, |incoming| {
             ready.extend(shared.accept(link, incoming, |id| open.contains_key(&id)));
         });
         drop(lead);

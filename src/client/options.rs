@@ -2,6 +2,7 @@
 
 use crate::amqp::endpoint::Endpoints;
 use crate::error::Error;
+use std::thread;
 use std::time::Duration;
 
 /// Where replies are to be sent. Set by
@@ -100,6 +101,10 @@ pub enum Confirms {
     Never,
 }
 
+/// How long a thread that waits for a reply spins by default. A call that a server answers at once
+/// takes about half of this.
+pub(crate) const SPIN_TIME: Duration = Duration::from_micros(300);
+
 /// What a client was told.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
@@ -109,6 +114,7 @@ pub(crate) struct Options {
     pub retry: Retry,
     pub confirms: Confirms,
     pub wait_for_server: bool,
+    pub spin: Duration,
 }
 
 impl Options {
@@ -120,6 +126,7 @@ impl Options {
             retry: Retry::default(),
             confirms: Confirms::default(),
             wait_for_server: false,
+            spin: SPIN_TIME,
         }
     }
 
@@ -129,6 +136,14 @@ impl Options {
             Confirms::Auto => self.endpoints.len() > 1,
             Confirms::Always => true,
             Confirms::Never => false,
+        }
+    }
+
+    /// How long to spin on this machine: with one core, the broker could not answer meanwhile.
+    pub fn spin(&self) -> Duration {
+        match thread::available_parallelism() {
+            Ok(cores) if cores.get() > 1 => self.spin,
+            _ => Duration::ZERO,
         }
     }
 }

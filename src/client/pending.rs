@@ -192,6 +192,8 @@ pub(crate) struct Unsent {
 /// What callers and connection manager share.
 pub(crate) struct Shared {
     pub options: Options,
+    /// How long whoever reads spins.
+    pub spin: Duration,
     state: Mutex<State>,
     pub ids: CorrelationIds,
     /// Tells the connection manager to look at the state.
@@ -242,6 +244,7 @@ pub(crate) struct State {
 impl Shared {
     pub fn new(options: Options, wake: Sender<()>) -> Shared {
         Shared {
+            spin: options.spin(),
             options,
             state: Mutex::default(),
             ids: CorrelationIds::new(),

@@ -234,6 +234,11 @@ struct ClientArgs {
     /// auto does so with several brokers. It costs about a tenth of the rate
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = ConfirmKind::Auto)]
     confirm: ConfirmKind,
+
+    /// How long to ask for a reply again and again before sleeping until it comes: halves the
+    /// latency of short calls, for CPU time. Stops by itself where it does not pay; 0s: never
+    #[arg(long, value_name = "DUR", default_value = "300us", value_parser = duration_or_zero)]
+    spin: Duration,
 }
 
 #[derive(Debug, Args)]
@@ -459,7 +464,8 @@ impl ClientArgs {
         Ok(Client::builder(global.endpoints()?)?
             .timeout(self.timeout)
             .reply_to(reply_to)
-            .confirms(confirms))
+            .confirms(confirms)
+            .spin(self.spin))
     }
 }
 
@@ -589,11 +595,14 @@ fn whole<T: FromStr>(range: RangeInclusive<u64>) -> impl Fn(&str) -> Result<T, S
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
+    match duration_or_zero(text) {
         Ok(duration) if duration.is_zero() => Err("must be longer than 0".to_owned()),
-        Ok(duration) => Ok(duration),
-        Err(error) => Err(format!("{error} (such as 250ms, 30s or 2m)")),
+        other => other,
     }
+}
+
+fn duration_or_zero(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error} (such as 250ms, 30s or 2m)"))
 }
 
 #[cfg(test)]

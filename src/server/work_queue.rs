@@ -22,7 +22,7 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What the supervisor is told.
 pub(crate) enum Event {
@@ -255,7 +255,8 @@ impl WorkQueue {
 
     fn lead(&self, session: &Session, mut lead: Lead<'_>) {
         session.outbox.flush();
-        let read = lead.read(READ_TIME_MAX, |incoming| {
+        let spin = Duration::ZERO;
+        let read = lead.read(READ_TIME_MAX, spin, |incoming| {
             self.accept(session.number, incoming)
         });
         if read == Err(Down) {
