@@ -66,3 +66,47 @@ impl Spin {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIME: Duration = Duration::from_micros(300);
+
+    #[test]
+    fn what_is_in_vain_is_tried_less_and_less_often_and_what_pays_always() {
+        let mut spin = Spin::default();
+        let mut tries = 0;
+        for _ in 0..100_000 {
+            if spin.pays(TIME) {
+                tries += 1;
+                spin.was_in_vain();
+            }
+            spin.slept(true);
+        }
+        assert!((100..200).contains(&tries), "{tries}");
+        // Now answers come at once.
+        while !spin.pays(TIME) {
+            spin.slept(true);
+        }
+        for _ in 0..20 {
+            assert!(spin.pays(TIME));
+            spin.paid();
+        }
+        // One that does not is no reason to give up.
+        spin.was_in_vain();
+        spin.slept(true);
+        assert!(spin.pays(TIME));
+    }
+
+    #[test]
+    fn while_all_waits_are_long_it_is_not_tried_at_all() {
+        let mut spin = Spin::default();
+        spin.was_in_vain();
+        for _ in 0..1000 {
+            assert!(!spin.pays(TIME));
+            spin.slept(false);
+        }
+        assert!(!Spin::default().pays(Duration::ZERO), "turned off");
+    }
+}

@@ -235,6 +235,21 @@ fn a_broker_without_heartbeats_and_without_a_limit_for_frames_is_like_any_other(
 }
 
 #[test]
+fn a_body_comes_back_in_whatever_frames_the_broker_accepts() {
+    // The least that there is, and more than we ask for.
+    for frame_max in [4096, 64 << 20] {
+        let broker = PrivateBroker::configured(&format!("frame_max = {frame_max}\n"), &[]);
+        let queue = unique("frames");
+        let (_serving, _) = serve(&broker.url, &queue, 1, |request| Ok(request.body().to_vec()));
+        let client = Caller::new(&broker.url, &queue, |client| client.timeout(PATIENCE));
+        for len in [0, 4088, 4089, 131_064, 131_065, 20 << 20] {
+            let body: Vec<u8> = (0..len).map(|n: u32| (n % 251) as u8).collect();
+            assert!(client.call(body.clone()).unwrap() == body, "{frame_max} {len}");
+        }
+    }
+}
+
+#[test]
 fn a_server_that_needs_more_channels_than_there_are_says_so() {
     let broker = PrivateBroker::configured("channel_max = 4\n", &[]);
     let queue = unique("channels");

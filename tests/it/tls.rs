@@ -1,6 +1,6 @@
 //! TLS against a real broker, with certificates made here: the right ones, and every wrong kind.
 
-use crate::support::{PATIENCE, PrivateBroker, fibrpc, run, server, unique};
+use crate::support::{PATIENCE, PrivateBroker, SlowLine, fibrpc, run, server, unique};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     date_time_ymd,
@@ -9,6 +9,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// An authority, and what it signs.
 struct Authority {
@@ -322,6 +323,29 @@ fn certificates_and_keys_are_taken_as_openssl_makes_them_or_the_message_has_the_
         "{}",
         renewed.stderr
     );
+}
+
+#[test]
+fn a_large_request_by_a_slow_line_holds_neither_its_sender_nor_its_deadline() {
+    let broker = TlsBroker::start(&["127.0.0.1"], false, "");
+    // It would take 12 s, in a write of seconds if TLS took it as a whole.
+    let line = SlowLine::start(&broker.url("127.0.0.1"), 10 << 20, Duration::ZERO);
+    let brokers: fibrpc::Endpoints = line.url.parse().unwrap();
+    let brokers = brokers.with_tls(fibrpc::TlsOptions::new().ca_file(broker.ca()));
+    let client = fibrpc::Client::new(brokers).unwrap();
+    let queue = unique("tls-slow");
+    let _server = server(&broker.url("127.0.0.1"), &queue, &["--tls-ca", &broker.ca()]);
+    client.call(&queue, "1").unwrap();
+    let request = client.request(&queue).body(vec![b'1'; 120 << 20]);
+    let mut calls = client.calls();
+    let began = Instant::now();
+    calls.submit((), request.timeout(Duration::from_secs(2)));
+    let submitted = began.elapsed();
+    assert!(submitted < Duration::from_secs(2), "{submitted:?}");
+    let answer = calls.next().unwrap();
+    assert!(matches!(answer.result, Err(fibrpc::Error::Timeout { .. })));
+    let ended = began.elapsed();
+    assert!(ended < Duration::from_secs(6), "{ended:?}");
 }
 
 #[test]
