@@ -37,11 +37,11 @@ chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=6
 cluster: ## three RabbitMQ nodes, a quorum queue, a load; its leader is killed ten times
 	CLUSTER_KILLS=10 $(CARGO) test --locked --release --test it cluster -- --nocapture
 
-compare: build ## fibrpc beside other libraries in C, Rust, Go, JavaScript, Python: medians of ROUNDS=5
+compare: build ## fibrpc beside other libraries in C, Rust, Go, JavaScript, Python; bodies; TLS: medians of ROUNDS=5
 	@scripts/peers
 	@ROUNDS=$(ROUNDS) scripts/broker with-broker target/peers/bin/python bench/compare.py
 
-scaling: build ## rates against workers, prefetch, calls in flight, queue types; draws docs/scaling.svg
+scaling: build ## rates against calls in flight, threads, workers, prefetch, spinning; draws docs/scaling.svg
 	@scripts/peers matplotlib
 	@ROUNDS=$(ROUNDS) scripts/broker with-broker target/peers/bin/python bench/scaling.py
 

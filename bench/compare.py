@@ -1,13 +1,20 @@
-"""fibrpc beside other libraries, on one broker, in turn, several rounds: prints medians, ratios and CPU times.
+"""fibrpc beside other libraries, on one broker, in turn, several rounds: prints medians, ratios, latencies and CPU
+times; and how fast bodies of several sizes are echoed, plain and over TLS.
 
     make compare [ROUNDS=5]
+    scripts/broker with-broker target/peers/bin/python bench/compare.py [calls | bodies]...
 """
 
 import os
 
 from harness import (
+    LAPIN,
+    LIBRABBITMQ,
+    URL,
     broker_pid,
+    build_example,
     build_peers,
+    chosen,
     cpu_us,
     fibrpc_bench,
     fibrpc_server,
@@ -18,6 +25,7 @@ from harness import (
     say,
     table,
     thousands,
+    tls_broker,
     warmup_of,
 )
 
@@ -25,13 +33,35 @@ ROUNDS = int(os.environ.get("ROUNDS", 5))
 WORKERS = 4
 # Calls in flight, and how many requests take one to three seconds.
 RUNS = [(1, 4_000), (16, 15_000), (256, 15_000)]
+# The same for bodies of so many octets.
+BODIES = [
+    ("100 B", 100, 16, 20_000),
+    ("1,000 B", 1_000, 16, 20_000),
+    ("16 KiB", 16 << 10, 16, 15_000),
+    ("256 KiB", 256 << 10, 8, 3_000),
+    ("4 MiB", 4 << 20, 4, 200),
+]
+TLS_BODIES = [("4 MiB over TLS", 4 << 20, 4, 100)]
 OURS = "**fibrpc**"
 WHO = ["server", "client", "broker"]
 
 
-def measure(name, peer, round_number):
-    """One round of one library: for each run, the rate, and CPU us per call of server, client and broker."""
-    queue = f"compare.{os.getpid()}.{round_number}.{abs(hash(name))}"
+def in_turn(libraries):
+    """Each round's number and the libraries' names; the next round begins with the next library."""
+    names = list(libraries)
+    for number in range(1, ROUNDS + 1):
+        say(f"round {number} of {ROUNDS} ...")
+        shift = number % len(names)
+        yield number, names[shift:] + names[:shift]
+
+
+def queue_name(what, name, number):
+    return f"compare.{os.getpid()}.{what}.{number}.{abs(hash(name))}"
+
+
+def measure(name, peer, number):
+    """One round of one library: for each run, the report, and CPU us per call of server, client and broker."""
+    queue = queue_name("calls", name, number)
     broker = broker_pid()
     results = {}
     with fibrpc_server(queue, WORKERS) if peer is None else peer_server(peer, queue, WORKERS) as server:
@@ -44,37 +74,87 @@ def measure(name, peer, round_number):
             after = [cpu_us([server.process.pid]), cpu_us([broker] if broker else [])]
             calls = requests + warmup_of(requests)
             spent = [after[0] - before[0], client, after[1] - before[1]]
-            results[in_flight] = report["rate"], [us / calls for us in spent]
+            results[in_flight] = report, [us / calls for us in spent]
     return results
 
 
-def main():
+def calls_tables():
     peers, missing = build_peers()
     libraries = {OURS: None, **peers}
     rounds = []
-    for number in range(1, ROUNDS + 1):
-        say(f"round {number} of {ROUNDS} ...")
-        # The next round begins with the next library, so that none is always first.
-        names = list(libraries)
-        shift = number % len(names)
-        rounds.append({name: measure(name, libraries[name], number) for name in names[shift:] + names[:shift]})
+    for number, names in in_turn(libraries):
+        rounds.append({name: measure(name, libraries[name], number) for name in names})
 
     in_flights = [in_flight for in_flight, _ in RUNS]
-    rates, ratios, cpus = [], [], []
+
+    def rate(measured, name, in_flight):
+        return measured[name][in_flight][0]["rate"]
+
+    def latency(measured, name, in_flight, quantile):
+        return measured[name][in_flight][0]["latency_ms"][quantile]
+
+    rates, ratios, latencies, cpus = [], [], [], []
     for name in libraries:
-        rate = {i: median(r[name][i][0] for r in rounds) for i in in_flights}
-        ratio = {i: median(r[OURS][i][0] / r[name][i][0] for r in rounds) for i in in_flights}
-        rates.append([name, *(thousands(rate[i]) for i in in_flights)])
-        ratios.append([name, *(f"{ratio[i]:.2f}" for i in in_flights)])
+        rates.append([name, *(thousands(median(rate(r, name, i) for r in rounds)) for i in in_flights)])
+        times = [median(rate(r, OURS, i) / rate(r, name, i) for r in rounds) for i in in_flights]
+        times.append(median(latency(r, OURS, 1, "p50") / latency(r, name, 1, "p50") for r in rounds))
+        ratios.append([name, *(f"{ratio:.2f}" for ratio in times)])
+        quantiles = [(i, quantile) for i in in_flights for quantile in ["p50", "p99"]]
+        latencies.append([name, *(f"{median(latency(r, name, *which) for r in rounds):.3g}" for which in quantiles)])
         cpus.append([name, *(f"{median(r[name][16][1][who] for r in rounds):.0f}" for who in range(3))])
     for name, reason in missing.items():
         rates.append([name, f"missing: {reason}", "", ""])
 
     header = [f"{i} in flight" for i in in_flights]
-    print(f"{machine()}; {WORKERS} workers, prefetch 1, n = 1; medians of {ROUNDS} rounds.\n")
+    print("\nFibonacci, n = 1:\n")
     print(table(["calls per second", *header], rates), end="\n\n")
-    print(table(["fibrpc's rate as a multiple of", *header], ratios[1:]), end="\n\n")
-    print(table(["CPU us per call, 16 in flight", *WHO], cpus))
+    print(table(["fibrpc's rate as a multiple of", *header, "its p50, 1 in flight"], ratios[1:]), end="\n\n")
+    print(table(["latency in ms, by calls in flight", *(f"{i}: {q}" for i, q in quantiles)], latencies), end="\n\n")
+    print(table(["CPU us per call, 16 in flight", *WHO], cpus), flush=True)
+
+
+def echo_rates(libraries, bodies, *options, url=URL):
+    """By body and library, the rates of all rounds."""
+    rates = {label: {name: [] for name in libraries} for label, *_ in bodies}
+    for number, names in in_turn(libraries):
+        for name in names:
+            peer, queue = libraries[name], queue_name("bodies", name, number)
+            with peer_server(peer, queue, WORKERS, "--echo", 1, *options, url=url):
+                for label, size, in_flight, requests in bodies:
+                    load = [queue, requests, in_flight, "--size", size, *options]
+                    rates[label][name].append(peer_client(peer, *load, url=url)[0]["rate"])
+    return rates
+
+
+def bodies_table():
+    peers, missing = build_peers([LIBRABBITMQ, LAPIN])
+    libraries = {OURS: [build_example("echo")], **peers}
+    say("bodies ...")
+    rates = echo_rates(libraries, BODIES)
+    with tls_broker() as (url, ca):
+        with_tls = {name: words for name, words in libraries.items() if name != LIBRABBITMQ}
+        rates |= echo_rates(with_tls, TLS_BODIES, "--ca", ca, url=url)
+
+    rows = []
+    for label, _, in_flight, _ in BODIES + TLS_BODIES:
+        ours = rates[label][OURS]
+        row = [f"{label} ({in_flight})"]
+        row += [thousands(median(rates[label][name])) if name in rates[label] else "" for name in [*peers, OURS]]
+        for name in peers:
+            theirs = rates[label].get(name)
+            row.append(f"{median(a / b for a, b in zip(ours, theirs)):.2f}" if theirs else "")
+        rows.append(row)
+    print("\nEcho, calls per second; lapin and fibrpc have rustls:\n")
+    print(table(["body (in flight)", *peers, OURS, *(f"fibrpc / {name}" for name in peers)], rows), flush=True)
+    for name, reason in missing.items():
+        print(f"\n{name} is missing: {reason}")
+
+
+def main():
+    parts = chosen({"calls": calls_tables, "bodies": bodies_table})
+    print(f"{machine()}; {WORKERS} workers, prefetch 1; medians of {ROUNDS} rounds.", flush=True)
+    for part in parts:
+        part()
 
 
 main()

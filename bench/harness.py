@@ -1,4 +1,4 @@
-"""What the benchmarks share: peers and fibrpc as servers and clients, CPU time, medians, tables."""
+"""What the benchmarks share: peers and fibrpc as servers and clients, brokers, CPU time, medians, tables."""
 
 import json
 import os
@@ -6,10 +6,13 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +24,9 @@ TICK_US = 1_000_000 / os.sysconf("SC_CLK_TCK")
 
 # No run takes longer than this, whatever happens to it.
 RUN_SECONDS_MAX = 300
+
+# So that each `with` ends what it has started.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def say(*words):
@@ -94,28 +100,95 @@ def build_pika():
     return [sys.executable, PEERS / "pika" / "peer.py"]
 
 
+LIBRABBITMQ, LAPIN = "C librabbitmq", "Rust lapin on tokio"
 PEER_BUILDS = {
-    "C librabbitmq": build_librabbitmq,
+    LIBRABBITMQ: build_librabbitmq,
     "Rust amiquip, bare": lambda: build_cargo("amiquip"),
-    "Rust lapin on tokio": lambda: build_cargo("lapin"),
+    LAPIN: lambda: build_cargo("lapin"),
     "Go amqp091": build_go,
     "JavaScript amqplib": build_node,
     "Python pika": build_pika,
 }
 
 
-def build_peers():
+def build_peers(names=tuple(PEER_BUILDS)):
     """The peers' commands by name, and why others are missing."""
     BUILT.mkdir(parents=True, exist_ok=True)
     peers, missing = {}, {}
-    for name, build in PEER_BUILDS.items():
+    for name in names:
         say(f"building {name} ...")
         try:
-            peers[name] = [str(word) for word in build()]
+            peers[name] = [str(word) for word in PEER_BUILDS[name]()]
         except Missing as reason:
             missing[name] = str(reason)
             say(f"{name} is missing: {reason}")
     return peers, missing
+
+
+def build_example(name):
+    """An example of ours, see Cargo.toml."""
+    say(f"building {name} ...")
+    command("cargo", "build", "--release", "--locked", "--example", name, cwd=ROOT)
+    return ROOT / "target" / "release" / "examples" / name
+
+
+def free_port():
+    """A port that is free now; taken by whoever is quicker, which shows."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def make_certificates(folder):
+    """An authority, ca.pem, and what it signs for the broker: broker.pem and broker.key."""
+    names = folder / "names"
+    names.write_text("subjectAltName = DNS:localhost, IP:127.0.0.1\n")
+    new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command(*new, "-x509", "-days", "2", "-subj", "/CN=benchmark", "-keyout", "ca.key", "-out", "ca.pem", cwd=folder)
+    command(*new, "-subj", "/CN=broker", "-keyout", "broker.key", "-out", "broker.csr", cwd=folder)
+    signed = ["-req", "-in", "broker.csr", "-out", "broker.pem", "-days", "2", "-extfile", names]
+    command("openssl", "x509", *signed, "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", cwd=folder)
+
+
+@contextmanager
+def tls_broker():
+    """A private broker that listens with TLS, too: its amqps:// URL, and the file of its authority."""
+    apt("openssl", "openssl")
+    say("starting a broker with TLS ...")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_certificates(folder)
+        port = free_port()
+        settings = [f"listeners.ssl.1 = 127.0.0.1:{port}"]
+        for option, file in [("cacertfile", "ca.pem"), ("certfile", "broker.pem"), ("keyfile", "broker.key")]:
+            settings.append(f"ssl_options.{option} = {folder / file}")
+        (folder / "settings").write_text("\n".join(settings) + "\n")
+        ours = {**os.environ, "BROKER_SETTINGS": str(folder / "settings")}
+        for other in ["AMQP_URL", "FIBRPC_TEST_URL", "BROKER_DIR"]:
+            ours.pop(other, None)
+        # It stops when its stdin ends, which is at our end at the latest.
+        words = [ROOT / "scripts" / "broker", "with-broker", "sh", "-c", 'echo "$AMQP_URL"; exec cat']
+        node = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ours)
+        try:
+            plain = node.stdout.readline().strip()
+            if not plain:
+                raise SystemExit("the broker with TLS did not start")
+            yield re.sub(r"^amqp:(.*):\d+/", rf"amqps:\1:{port}/", plain), folder / "ca.pem"
+        finally:
+            node.stdin.close()
+            node.wait()
+
+
+@contextmanager
+def hogs():
+    """Every core is taken by a process that only computes, at normal priority; it does not outlive us."""
+    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(100_000): pass"
+    processes = [subprocess.Popen([sys.executable, "-c", loop]) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def broker_pid():
@@ -196,16 +269,25 @@ def warmup_of(requests):
     return requests // 10 + 1
 
 
-def peer_server(peer, queue, workers):
-    words = [*peer, "server", "--url", URL, "--queue", queue, "--workers", workers, "--prefetch", 1]
+def peer_server(peer, queue, workers, *options, url=URL):
+    words = [*peer, "server", "--url", url, "--queue", queue, "--workers", workers, "--prefetch", 1, *options]
     return Server(words)
 
 
-def peer_client(peer, queue, requests, in_flight):
+def peer_client(peer, queue, requests, in_flight, *options, url=URL):
     """Runs a peer's client; gives its JSON and its CPU time in us."""
-    load = ["--queue", queue, *load_of(requests, in_flight), "--argument", 1]
-    stdout, spent = run_client([*peer, "client", "--url", URL, *load])
+    load = ["--queue", queue, *load_of(requests, in_flight), *(options or ["--argument", 1])]
+    stdout, spent = run_client([*peer, "client", "--url", url, *load])
     return json.loads(stdout), spent
+
+
+def chosen(parts):
+    """The parts that the command line names; all of them if it names none."""
+    names = sys.argv[1:] or list(parts)
+    for name in names:
+        if name not in parts:
+            raise SystemExit(f"there is no '{name}'; choose from: {' '.join(parts)}")
+    return [parts[name] for name in names]
 
 
 def median(values):

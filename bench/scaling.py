@@ -1,13 +1,18 @@
-"""How fibrpc's rate follows workers, prefetch, calls in flight, queue type and real work; a million calls; one call;
-and the recursion beside C's. Prints tables, and draws docs/scaling.svg.
+"""How fibrpc's rate follows calls in flight, threads, workers, prefetch, queue type and real work; what spinning gains
+and costs; a million calls; one call; and the recursion beside C's. Prints tables, and draws docs/scaling.svg.
 
     make scaling [ROUNDS=5]
+    scripts/broker with-broker target/peers/bin/python bench/scaling.py [TABLE]...
+
+The tables are: in-flight (which draws), threads, spin, workers, prefetch, queue-type, million, one-call, fibonacci.
 """
 
+import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from harness import (
@@ -18,20 +23,36 @@ from harness import (
     URL,
     Missing,
     apt,
+    build_example,
     build_node,
+    chosen,
     command,
     fibrpc_bench,
     fibrpc_server,
+    hogs,
     machine,
     median,
+    peer_server,
     run_client,
     say,
     table,
     thousands,
+    warmup_of,
 )
 
 ROUNDS = int(os.environ.get("ROUNDS", 5))
 IN_FLIGHT = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1000, 3000, 10_000]
+THREADS = [1, 4, 16, 64, 256, 1000]
+# What a server does, the milliseconds it waits before it answers, how many requests take one to three seconds, and
+# whether something else wants every core.
+SPIN_CASES = [
+    ("fib(1)", None, 8_000, False),
+    ("after 1 ms", 1, 1_000, False),
+    ("after 10 ms", 10, 150, False),
+    ("after 100 ms", 100, 20, False),
+    ("fib(1), every core taken by a hog", None, 4_000, True),
+]
+SPINS = {"off": ["--spin", "0"], "on": []}
 
 
 def queue_name(what):
@@ -82,7 +103,53 @@ def in_flight_table():
         rows.append([thousands(in_flight), *rate_and_p99(runs)])
         rate = median(run["rate"] for run in runs)
         points.append((in_flight, rate, median(run["latency_ms"]["p99"] for run in runs)))
-    return table(["in flight", "calls per s", "p99 ms"], rows), points
+    draw(points, ROOT / "docs" / "scaling.svg")
+    return table(["in flight", "calls per s", "p99 ms"], rows)
+
+
+def threads_table():
+    """Threads that share a client beside as many calls in flight from one thread, in turn."""
+    program = build_example("threads")
+    rows = []
+    for threads in THREADS:
+        say(f"{threads} threads ...")
+        queue, requests = queue_name(f"threads.{threads}"), 4_000 if threads < 4 else 15_000
+        load = ["--queue", queue, "--requests", requests, "--warmup", warmup_of(requests), "--threads", threads]
+        many, one = [], []
+        with fibrpc_server(queue, 4):
+            for _ in range(ROUNDS):
+                stdout, _ = run_client([program, "--url", URL, *load])
+                many.append(json.loads(stdout))
+                one.append(fibrpc_bench(queue, requests, threads)[0])
+        rows.append([thousands(threads), *rate_and_p99(many), *rate_and_p99(one)])
+    header = ["threads, or calls in flight", "threads: calls per s", "p99 ms", "one thread: calls per s", "p99 ms"]
+    return table(header, rows)
+
+
+def spin_table():
+    """One call at a time with and without spinning, in turn."""
+    echo = build_example("echo")
+    rows = []
+    for what, delay_ms, requests, busy in SPIN_CASES:
+        say(f"{what}, spinning and not ...")
+        queue = queue_name(f"spin.{delay_ms}.{busy}")
+        measured = {spin: [] for spin in SPINS}
+        plain = delay_ms is None
+        with (
+            fibrpc_server(queue, 4) if plain else peer_server([echo], queue, 4, "--echo", 1, "--delay-ms", delay_ms),
+            hogs() if busy else nullcontext(),
+        ):
+            start_us = median(fibrpc_bench(queue, 1, 1, *SPINS["off"])[1] for _ in range(5))
+            for number in range(ROUNDS):
+                for spin in list(SPINS) if number % 2 else reversed(SPINS):
+                    report, spent = fibrpc_bench(queue, requests, 1, *SPINS[spin])
+                    measured[spin].append((report, (spent - start_us) / (requests + warmup_of(requests))))
+        for spin, runs in measured.items():
+            rate = median(report["rate"] for report, _ in runs)
+            quantiles = [median(report["latency_ms"][q] for report, _ in runs) for q in ["p50", "p99"]]
+            cpu = median(us for _, us in runs)
+            rows.append([what, spin, thousands(rate), *(f"{ms:.3f}" for ms in quantiles), f"{max(cpu, 0):.0f}"])
+    return table(["answer", "spin", "calls per s", "p50 ms", "p99 ms", "client CPU us per call"], rows)
 
 
 def draw(points, path):
@@ -179,10 +246,10 @@ N = 42
 def fibonacci_table():
     say(f"fib({N}) ...")
     command("gcc", "-O2", "-o", BUILT / "fib", PEERS / "fib.c")
-    command("cargo", "build", "--release", "--locked", "--example", "fib", cwd=ROOT)
+    ours = build_example("fib")
     times = {"gcc -O2": [], "fibrpc": []}
     for _ in range(ROUNDS):
-        for name, program in [("gcc -O2", BUILT / "fib"), ("fibrpc", ROOT / "target/release/examples/fib")]:
+        for name, program in [("gcc -O2", BUILT / "fib"), ("fibrpc", ours)]:
             _, spent = run_client([program, N])
             times[name].append(spent / 1e6)
     base = median(times["gcc -O2"])
@@ -190,14 +257,25 @@ def fibonacci_table():
     return table([f"fib({N}), recursive", "CPU s", "times gcc's"], rows)
 
 
+TABLES = {
+    "in-flight": in_flight_table,
+    "threads": threads_table,
+    "spin": spin_table,
+    "workers": workers_table,
+    "prefetch": prefetch_table,
+    "queue-type": queue_type_table,
+    "million": million,
+    "one-call": one_shot_table,
+    "fibonacci": fibonacci_table,
+}
+
+
 def main():
     BUILT.mkdir(parents=True, exist_ok=True)
+    parts = chosen(TABLES)
     header = f"{machine()}; medians of {ROUNDS} runs; 4 workers, prefetch 1, fib(1), 64 in flight unless it says otherwise."
     print(header, flush=True)
-    in_flight, points = in_flight_table()
-    draw(points, ROOT / "docs" / "scaling.svg")
-    print("\n" + in_flight, flush=True)
-    for part in [workers_table, prefetch_table, queue_type_table, million, one_shot_table, fibonacci_table]:
+    for part in parts:
         print("\n" + part(), flush=True)
 
 
