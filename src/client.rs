@@ -160,7 +160,7 @@ impl ClientBuilder {
     }
 
     /// How long a thread that waits for a reply asks for it again and again, before it sleeps until
-    /// the reply comes; zero: not at all. Default: 300 µs.
+    /// the reply comes; zero: not at all. Default: 500 µs.
     ///
     /// A thread that sleeps, on a core that falls asleep with it, takes longer to wake up than a
     /// short call does otherwise: so this halves the latency of calls that are answered at once. The

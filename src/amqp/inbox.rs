@@ -13,7 +13,7 @@
 use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, Taken, Tune};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::{Down, Transport};
-use crate::amqp::wait::{BUSY_TIME, Spin, Wait};
+use crate::amqp::wait::{Spin, Wait};
 use crossbeam_channel::Sender;
 use mio::unix::EventedFd;
 use mio::{Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
@@ -21,7 +21,6 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 /// How much is read from the socket at a time, in bytes.
@@ -417,33 +416,16 @@ impl Reader {
     }
 
     /// Reads once something has arrived.
-    fn wait(
-        &mut self,
-        transport: &Transport,
-        time: Duration,
-        spin: Duration,
-    ) -> io::Result<usize> {
+    fn wait(&mut self, transport: &Transport, time: Duration, spin: Duration) -> io::Result<usize> {
         let spin = spin.min(time);
-        if self.spin.pays(spin) {
-            let began = Instant::now();
-            let mut asked = began;
-            loop {
-                match self.fill(transport, Wait::Not) {
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                    done => {
-                        self.spin.paid();
-                        return done;
-                    }
-                }
-                if std::env::var_os("NOYIELD").is_none() {thread::yield_now();}
-                let now = Instant::now();
-                // Somebody else has run meanwhile, or wants to.
-                if now - asked > BUSY_TIME || now - began >= spin {
-                    break;
-                }
-                asked = now;
-            }
-            self.spin.was_in_vain();
+        let mut state = self.spin;
+        let found = state.ask(spin, || match self.fill(transport, Wait::Not) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            done => Some(done),
+        });
+        self.spin = state;
+        if let Some(done) = found {
+            return done;
         }
         self.set_read_time(transport, time)?;
         if spin.is_zero() {

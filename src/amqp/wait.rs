@@ -1,14 +1,16 @@
 //! How to wait for the socket: asleep, or by asking again and again for a moment.
 //!
-//! To wake a sleeping thread, and the core that has fallen asleep with it, takes longer than a
-//! short call does otherwise. But who spins takes a core from others, and that pays only if answers
-//! come soon, and the core has nothing else to do. So it is tried, and given up for as long as it
-//! is in vain: for one short wait, then three, seven, and so on.
+//! To wake a sleeping thread, and the core that has fallen asleep with it, takes longer than the
+//! rest of a short call. But to spin takes a core from others, and pays only if answers come soon
+//! and the core has little else to do. So whoever spins lets others run before it asks again, and
+//! measures how long they do. Where it is in vain, it is given up: for one short wait, then for
+//! three, seven, and so on.
 
 use rustix::net::{RecvFlags, recv};
 use std::io::{self, Read};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Whether a read waits for something to arrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,14 +29,18 @@ impl Wait {
     }
 }
 
-/// If one turn of a spinning thread takes longer, others have run on its core meanwhile.
-pub(crate) const BUSY_TIME: Duration = Duration::from_micros(20);
+/// How long others may run on the core of a thread that spins, before that gives way. With one call
+/// in flight on two cores, server and broker need some 30 microseconds of it.
+const BUSY_TIME: Duration = Duration::from_micros(75);
+
+/// What takes longer between two questions is others' time.
+const TURN_TIME: Duration = Duration::from_micros(10);
 
 /// After so many short waits it is tried again, at the latest.
 const PAUSE_MAX: u32 = 1023;
 
-/// What is known of the latest waits.
-#[derive(Debug, Default)]
+/// Whether to spin, from what is known of the latest waits.
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Spin {
     /// How many short waits go by before it is tried again.
     paused: u32,
@@ -43,23 +49,36 @@ pub(crate) struct Spin {
 }
 
 impl Spin {
-    /// Whether to spin in the wait that begins, for as long as this.
-    pub fn pays(&self, time: Duration) -> bool {
-        self.paused == 0 && !time.is_zero()
+    /// Asks again and again, for up to `most`, if that is likely to pay. `None` if it does not, or
+    /// there was no answer: then it is time to sleep.
+    pub fn ask<T>(&mut self, most: Duration, mut question: impl FnMut() -> Option<T>) -> Option<T> {
+        if self.paused > 0 || most.is_zero() {
+            return None;
+        }
+        let began = Instant::now();
+        let mut asked = began;
+        let mut others = Duration::ZERO;
+        loop {
+            if let Some(answer) = question() {
+                self.pause /= 2;
+                return Some(answer);
+            }
+            thread::yield_now();
+            let now = Instant::now();
+            let turn = now - asked;
+            if turn > TURN_TIME {
+                others += turn;
+            }
+            if others > BUSY_TIME || now - began >= most {
+                self.pause = (2 * self.pause + 1).min(PAUSE_MAX);
+                self.paused = self.pause;
+                return None;
+            }
+            asked = now;
+        }
     }
 
-    /// Something has come.
-    pub fn paid(&mut self) {
-        self.pause /= 2;
-    }
-
-    /// Nothing has come, or others need the core.
-    pub fn was_in_vain(&mut self) {
-        self.pause = (2 * self.pause + 1).min(PAUSE_MAX);
-        self.paused = self.pause;
-    }
-
-    /// A wait without has ended; was it short?
+    /// A wait asleep has ended. Was it so short that it could have been spent spinning?
     pub fn slept(&mut self, was_short: bool) {
         if was_short {
             self.paused = self.paused.saturating_sub(1);
@@ -71,42 +90,75 @@ impl Spin {
 mod tests {
     use super::*;
 
-    const TIME: Duration = Duration::from_micros(300);
+    const LONG: Duration = Duration::from_secs(3600);
+    const SHORT: Duration = Duration::from_nanos(1);
 
     #[test]
     fn what_is_in_vain_is_tried_less_and_less_often_and_what_pays_always() {
         let mut spin = Spin::default();
         let mut tries = 0;
         for _ in 0..100_000 {
-            if spin.pays(TIME) {
+            let answer = spin.ask(SHORT, || {
                 tries += 1;
-                spin.was_in_vain();
-            }
+                None::<()>
+            });
+            assert_eq!(answer, None);
             spin.slept(true);
         }
         assert!((100..200).contains(&tries), "{tries}");
         // Now answers come at once.
-        while !spin.pays(TIME) {
+        let tries = (0..).take_while(|_| {
             spin.slept(true);
-        }
+            spin.ask(SHORT, || Some(())).is_none()
+        });
+        assert!(tries.count() < PAUSE_MAX as usize);
         for _ in 0..20 {
-            assert!(spin.pays(TIME));
-            spin.paid();
+            assert_eq!(spin.ask(SHORT, || Some(1)), Some(1));
         }
         // One that does not is no reason to give up.
-        spin.was_in_vain();
+        assert_eq!(spin.ask(SHORT, || None::<()>), None);
         spin.slept(true);
-        assert!(spin.pays(TIME));
+        assert_eq!(spin.ask(SHORT, || Some(2)), Some(2));
     }
 
     #[test]
-    fn while_all_waits_are_long_it_is_not_tried_at_all() {
+    fn while_waits_are_long_it_is_not_tried_at_all() {
         let mut spin = Spin::default();
-        spin.was_in_vain();
+        assert_eq!(spin.ask(SHORT, || None::<()>), None);
         for _ in 0..1000 {
-            assert!(!spin.pays(TIME));
+            let mut asked = false;
+            spin.ask(LONG, || {
+                asked = true;
+                Some(())
+            });
+            assert!(!asked);
             spin.slept(false);
         }
-        assert!(!Spin::default().pays(Duration::ZERO), "turned off");
+        let off = Spin::default().ask(Duration::ZERO, || Some(()));
+        assert_eq!(off, None, "turned off");
+    }
+
+    #[test]
+    fn it_gives_way_to_others_that_need_the_core() {
+        let mut count = 0;
+        let answer = Spin::default().ask(LONG, || {
+            // As long as somebody else has the core.
+            thread::sleep(BUSY_TIME / 2);
+            count += 1;
+            None::<()>
+        });
+        assert_eq!(answer, None);
+        assert!(count <= 3, "{count}");
+    }
+
+    #[test]
+    fn an_answer_that_comes_while_it_spins_is_found() {
+        let mut count = 0;
+        let answer = Spin::default().ask(LONG, || {
+            count += 1;
+            (count == 3).then_some(count)
+        });
+        // Unless others had the core, it does not give up before.
+        assert!(answer == Some(3) || count < 3);
     }
 }

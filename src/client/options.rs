@@ -101,9 +101,9 @@ pub enum Confirms {
     Never,
 }
 
-/// How long a thread that waits for a reply spins by default. A call that a server answers at once
-/// takes about half of this.
-pub(crate) const SPIN_TIME: Duration = Duration::from_micros(300);
+/// How long a thread that waits for a reply spins at most, by default. A call that a server answers
+/// at once takes about a third of this.
+pub(crate) const SPIN_TIME: Duration = Duration::from_micros(500);
 
 /// What a client was told.
 #[derive(Debug, Clone)]

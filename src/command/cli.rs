@@ -237,7 +237,7 @@ struct ClientArgs {
 
     /// How long to ask for a reply again and again before sleeping until it comes: halves the
     /// latency of short calls, for CPU time. Stops by itself where it does not pay; 0s: never
-    #[arg(long, value_name = "DUR", default_value = "300us", value_parser = duration_or_zero)]
+    #[arg(long, value_name = "DUR", default_value = "500us", value_parser = duration_or_zero)]
     spin: Duration,
 }
 

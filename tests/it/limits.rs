@@ -240,11 +240,16 @@ fn a_body_comes_back_in_whatever_frames_the_broker_accepts() {
     for frame_max in [4096, 64 << 20] {
         let broker = PrivateBroker::configured(&format!("frame_max = {frame_max}\n"), &[]);
         let queue = unique("frames");
-        let (_serving, _) = serve(&broker.url, &queue, 1, |request| Ok(request.body().to_vec()));
+        let (_serving, _) = serve(&broker.url, &queue, 1, |request| {
+            Ok(request.body().to_vec())
+        });
         let client = Caller::new(&broker.url, &queue, |client| client.timeout(PATIENCE));
         for len in [0, 4088, 4089, 131_064, 131_065, 20 << 20] {
             let body: Vec<u8> = (0..len).map(|n: u32| (n % 251) as u8).collect();
-            assert!(client.call(body.clone()).unwrap() == body, "{frame_max} {len}");
+            assert!(
+                client.call(body.clone()).unwrap() == body,
+                "{frame_max} {len}"
+            );
         }
     }
 }

@@ -334,7 +334,11 @@ fn a_large_request_by_a_slow_line_holds_neither_its_sender_nor_its_deadline() {
     let brokers = brokers.with_tls(fibrpc::TlsOptions::new().ca_file(broker.ca()));
     let client = fibrpc::Client::new(brokers).unwrap();
     let queue = unique("tls-slow");
-    let _server = server(&broker.url("127.0.0.1"), &queue, &["--tls-ca", &broker.ca()]);
+    let _server = server(
+        &broker.url("127.0.0.1"),
+        &queue,
+        &["--tls-ca", &broker.ca()],
+    );
     client.call(&queue, "1").unwrap();
     let request = client.request(&queue).body(vec![b'1'; 120 << 20]);
     let mut calls = client.calls();
