@@ -2,7 +2,7 @@
 //!
 //! A thread that hands a message to another pays for it twice, once to wake it and once to be
 //! woken. So here the thread that waits for a message reads the socket itself: it becomes the
-//! leader, blocks in `read`, and dispatches whatever comes in, to itself and to others. There is
+//! leader, waits for bytes, and dispatches whatever comes in, to itself and to others. There is
 //! one leader at a time. While there is none, because everyone is busy or nobody waits, amiquip's
 //! I/O thread follows: the socket is then watched for it, and it dispatches to the connection's
 //! [`Sink`]. (The pattern is known as Leader/Followers, from Schmidt's paper of that name.)
@@ -10,7 +10,7 @@
 //! What is not ours ([`super::incoming`]) is left to amiquip: the leader puts it into a buffer that
 //! amiquip reads instead of the socket ([`super::stream::Stream`]).
 
-use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, Taken, Tune};
+use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, Taken, Tune, frame_len};
 use crate::amqp::sync::lock;
 use crate::amqp::transport::{Down, Transport};
 use crate::amqp::wait::{Spin, Wait};
@@ -29,7 +29,7 @@ const READ_LEN: usize = 64 << 10;
 /// How often amiquip's I/O thread reads a large message before it sees what else there is to do.
 const READS_MAX: usize = 16;
 
-/// A buffer that a large frame has grown beyond this is given back, in bytes.
+/// A buffer that a large frame, not of a body, has grown beyond this is given back, in bytes.
 const BUFFER_KEPT_MAX: usize = 1 << 20;
 
 /// How long a leader blocks at most before it looks around.
@@ -377,13 +377,10 @@ impl Lead<'_> {
         let inbox = self.inbox;
         let reader = self.reader.as_deref_mut().ok_or(Down)?;
         let until = Instant::now() + time.min(READ_TIME_MAX);
-        let mut time = time;
         loop {
-            let read = reader.wait(&inbox.transport, time, spin);
-            let goes_on = reader.take(inbox, read, &mut take)?;
+            let read = reader.wait(&inbox.transport, until, spin);
             // Who waits for a message has nothing to do about a part of one.
-            time = until.saturating_duration_since(Instant::now());
-            if !goes_on || time.is_zero() {
+            if !reader.take(inbox, read, &mut take)? || Instant::now() >= until {
                 return Ok(());
             }
         }
@@ -395,7 +392,8 @@ impl Lead<'_> {
         let reader = self.reader.as_deref_mut().ok_or(Down)?;
         for _ in 0..READS_MAX {
             let read = reader.fill(&inbox.transport, Wait::Not);
-            if !reader.take(inbox, read, &mut take)? {
+            let was_all = read.is_err();
+            if !reader.take(inbox, read, &mut take)? || was_all {
                 break;
             }
         }
@@ -408,7 +406,12 @@ impl Reader {
     /// that will do.
     fn set_read_time(&mut self, transport: &Transport, time: Duration) -> io::Result<()> {
         let time = time.clamp(Duration::from_millis(1), READ_TIME_MAX);
-        if self.read_time > time || self.read_time < time / 2 {
+        // Amid a message, a little less is left each time.
+        let slack = match self.assembler.has_begun() {
+            true => READ_TIME_MAX / 8,
+            false => Duration::ZERO,
+        };
+        if self.read_time > time + slack || self.read_time < time / 2 {
             transport.socket().set_read_timeout(Some(time))?;
             self.read_time = time;
         }
@@ -416,8 +419,12 @@ impl Reader {
     }
 
     /// Reads once something has arrived.
-    fn wait(&mut self, transport: &Transport, time: Duration, spin: Duration) -> io::Result<usize> {
-        let spin = spin.min(time);
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::WouldBlock`] or [`ErrorKind::TimedOut`]: nothing has, until that time.
+    fn wait(&mut self, transport: &Transport, until: Instant, spin: Duration) -> io::Result<usize> {
+        let spin = spin.min(until.saturating_duration_since(Instant::now()));
         let mut state = self.spin;
         let found = state.ask(spin, || match self.fill(transport, Wait::Not) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => None,
@@ -427,13 +434,16 @@ impl Reader {
         if let Some(done) = found {
             return done;
         }
-        self.set_read_time(transport, time)?;
-        if spin.is_zero() {
-            return self.fill(transport, Wait::AsSet);
-        }
         let began = Instant::now();
+        let left = until.saturating_duration_since(began);
+        if left.is_zero() {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        self.set_read_time(transport, left)?;
         let done = self.fill(transport, Wait::AsSet);
-        self.spin.slept(began.elapsed() <= spin);
+        if !spin.is_zero() {
+            self.spin.slept(began.elapsed() <= spin);
+        }
         done
     }
 
@@ -449,8 +459,7 @@ impl Reader {
         Ok(len)
     }
 
-    /// Dispatches what was read; says whether all of that was a part of a message that is not whole
-    /// yet.
+    /// Dispatches what was read; says whether a message has begun, and nothing else has come.
     ///
     /// # Errors
     ///
@@ -473,7 +482,8 @@ impl Reader {
                     ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
                 ) =>
             {
-                Ok(false)
+                // With TLS, a part of a record is nothing yet.
+                Ok(self.assembler.has_begun())
             }
             Err(error) => {
                 inbox.fail(&error);
@@ -482,7 +492,7 @@ impl Reader {
         }
     }
 
-    /// Dispatches all that is whole; says whether that was nothing, and a message has begun.
+    /// Dispatches what has come; says whether a message has begun, and none has been completed.
     ///
     /// # Errors
     ///
@@ -507,10 +517,16 @@ impl Reader {
                 }
                 Ok(None) => break,
                 Err(Malformed) => {
-                    // amiquip would take what is no frame for the beginning of a large one.
-                    let shown = bytes[..bytes.len().min(SHOWN_LEN)].escape_ascii();
-                    let reason = format!("what it sends is not AMQP 0-9-1: \"{shown}\"");
+                    // amiquip would take what is no frame for the beginning of a large one. A
+                    // message's content is not to be told.
+                    let reason = if self.assembler.is_amid_a_frame() || frame_len(bytes).is_ok() {
+                        "the broker sent a malformed frame".to_owned()
+                    } else {
+                        let shown = bytes[..bytes.len().min(SHOWN_LEN)].escape_ascii();
+                        format!("what it sends is not AMQP 0-9-1: \"{shown}\"")
+                    };
                     inbox.fail(&io::Error::new(ErrorKind::InvalidData, reason));
+                    self.filled = 0;
                     return Err(Down);
                 }
             }

@@ -414,6 +414,11 @@ impl Assembler {
         !self.unfinished.is_empty()
     }
 
+    /// Whether a part of a frame has been taken.
+    pub fn is_amid_a_frame(&self) -> bool {
+        self.cut.is_some()
+    }
+
     /// Takes more of the frame of which a part has been taken.
     fn take_part(&mut self, bytes: &[u8]) -> Result<Option<Taken>, Malformed> {
         let (Some(cut), Some(first)) = (&mut self.cut, bytes.first()) else {

@@ -1,4 +1,4 @@
-//! The way out: any thread appends whole frames, and writes them itself if nobody is writing.
+//! The way out: any thread appends what it has to send, and writes it itself if nobody is writing.
 //!
 //! So sending costs no hop to another thread. What others append while one thread writes leaves
 //! with the next write: the busier the connection, the fewer the system calls (a pattern known as

@@ -355,8 +355,8 @@ impl TlsStream {
         }
     }
 
-    /// Writes as of [`io::Write::write_vectored`]; [`ErrorKind::WouldBlock`] also when only a part of the
-    /// ciphertext has left. After an error that is no end, the same bytes must be given again: they
+    /// Writes as of [`io::Write::write_vectored`]; [`ErrorKind::WouldBlock`] also when only a part
+    /// of the ciphertext has left. After an error that is no end, the same bytes must be given again: they
     /// are encrypted already.
     pub fn write(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);

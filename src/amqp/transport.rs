@@ -23,6 +23,13 @@ pub(crate) struct Written {
     pub full: bool,
 }
 
+/// Not to end the process by SIGPIPE when the connection is dead. Apple's systems have an option of
+/// the socket for that, which std sets.
+#[cfg(not(target_vendor = "apple"))]
+const NO_SIGNAL: SendFlags = SendFlags::NOSIGNAL;
+#[cfg(target_vendor = "apple")]
+const NO_SIGNAL: SendFlags = SendFlags::empty();
+
 /// What carries the bytes.
 #[derive(Clone)]
 pub(crate) enum Transport {
@@ -61,7 +68,7 @@ impl Transport {
                 // Not `write_vectored`, which would be SIGPIPE when the connection is dead.
                 Transport::Plain(socket) => {
                     let mut nothing = SendAncillaryBuffer::default();
-                    sendmsg(&**socket, parts.slices(), &mut nothing, SendFlags::NOSIGNAL)
+                    sendmsg(&**socket, parts.slices(), &mut nothing, NO_SIGNAL)
                         .map(|len| Written {
                             len,
                             full: len < parts.len(),
