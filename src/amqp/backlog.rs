@@ -6,7 +6,7 @@
 //! large message, and its bytes are in memory once.
 
 use crate::amqp::frame::{
-    END, FRAME_MIN, OVERHEAD, PREFIX_LEN, Publish, body_prefix, put_body, put_publish,
+    Content, END, FRAME_MIN, OVERHEAD, PREFIX_LEN, Publish, body_prefix, put_body, put_publish,
 };
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -24,11 +24,6 @@ const BUFFERS_KEPT_MAX: usize = 1 << 20;
 
 /// How many parts a chunk is written in at a time, at most: [`Chunk::left`].
 const PARTS_MAX: usize = 48;
-
-/// Something with a body that is to be sent. It is shared with whoever needs it after that.
-pub(crate) trait Content: Send + Sync {
-    fn body(&self) -> &[u8];
-}
 
 /// What waits to be written, in order.
 pub(crate) struct Backlog {
@@ -243,10 +238,10 @@ impl Backlog {
         }
     }
 
-    /// Takes a message, with `content` as its body.
-    pub fn publish(&mut self, channel: u16, message: &Publish<'_>, content: &Arc<dyn Content>) {
+    /// Takes a message with its body.
+    pub fn publish(&mut self, channel: u16, message: &Publish<'_>) {
         let frame_max = self.frame_max;
-        let body = content.body();
+        let body = message.content.body();
         self.append(|out| {
             put_publish(out, channel, message);
             if body.len() < SHARED_MIN {
@@ -256,7 +251,7 @@ impl Backlog {
         if body.len() >= SHARED_MIN
             && let Some(last) = self.chunks.back_mut()
         {
-            let body = Body::new(Arc::clone(content), channel, frame_max);
+            let body = Body::new(Arc::clone(message.content), channel, frame_max);
             self.len += body.framed_len();
             last.body = Some(body);
         }
@@ -296,12 +291,6 @@ mod tests {
     use crate::amqp::frame::Properties;
     use proptest::prelude::*;
 
-    impl Content for Vec<u8> {
-        fn body(&self) -> &[u8] {
-            self
-        }
-    }
-
     const CHANNEL: u16 = 7;
 
     #[derive(Debug, Clone)]
@@ -330,12 +319,12 @@ mod tests {
         ]
     }
 
-    fn message(body_len: usize) -> Publish<'static> {
+    fn message(content: &Arc<dyn Content>) -> Publish<'_> {
         Publish {
             routing_key: b"queue",
             mandatory: false,
             properties: Properties::default(),
-            body_len,
+            content,
         }
     }
 
@@ -373,10 +362,10 @@ mod tests {
                     }
                     Step::Publish(len) => {
                         let bytes = some(len);
-                        put_publish(&mut came, CHANNEL, &message(len));
-                        put_body(&mut came, CHANNEL, frame_max, &bytes);
                         let content: Arc<dyn Content> = Arc::new(bytes);
-                        backlog.publish(CHANNEL, &message(len), &content);
+                        put_publish(&mut came, CHANNEL, &message(&content));
+                        put_body(&mut came, CHANNEL, frame_max, content.body());
+                        backlog.publish(CHANNEL, &message(&content));
                     }
                     Step::Write(most, taken, appended) => {
                         let Some(mut chunk) = backlog.take() else {
@@ -416,7 +405,7 @@ mod tests {
         let mut backlog = Backlog::default();
         let body = Arc::new(vec![2; 1 << 20]);
         let content: Arc<dyn Content> = body.clone();
-        backlog.publish(CHANNEL, &message(body.len()), &content);
+        backlog.publish(CHANNEL, &message(&content));
         drop(content);
         // Behind it, and not in the same chunk.
         backlog.append(|out| out.push(3));
@@ -445,7 +434,7 @@ mod tests {
         let mut backlog = Backlog::default();
         let content: Arc<dyn Content> = Arc::new(vec![1; 100]);
         for _ in 0..100 {
-            backlog.publish(CHANNEL, &message(100), &content);
+            backlog.publish(CHANNEL, &message(&content));
         }
         let mut chunk = backlog.take().unwrap();
         assert_eq!(chunk.left(usize::MAX).slices().len(), 1);

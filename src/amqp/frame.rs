@@ -10,6 +10,9 @@
 //! Source of the layout: AMQP 0-9-1 specification, sections 2.3.5 (frames) and 4.2 (grammar),
 //! and RabbitMQ's errata for the types of a field table.
 
+use std::fmt::Debug;
+use std::sync::Arc;
+
 /// A frame's type octet.
 pub(crate) const METHOD: u8 = 1;
 pub(crate) const HEADER: u8 = 2;
@@ -84,16 +87,25 @@ pub(crate) struct Properties<'a> {
     pub expiration: Option<&'a [u8]>,
 }
 
-/// A message to the default exchange, which routes it to the queue that its key names. Its body is
-/// sent behind it.
+/// Something with a body that is to be sent. It is shared with whoever needs it after that.
+pub(crate) trait Content: Debug + Send + Sync {
+    fn body(&self) -> &[u8];
+}
+
+impl Content for Vec<u8> {
+    fn body(&self) -> &[u8] {
+        self
+    }
+}
+
+/// A message to the default exchange, which routes it to the queue that its key names.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Publish<'a> {
     pub routing_key: &'a [u8],
     /// Whether the broker returns the message if no queue has that name.
     pub mandatory: bool,
     pub properties: Properties<'a>,
-    /// The length of the body, in bytes.
-    pub body_len: usize,
+    pub content: &'a Arc<dyn Content>,
 }
 
 /// A queue to be declared, or to be asked after.
@@ -169,7 +181,8 @@ pub(crate) fn put_publish(out: &mut Vec<u8>, channel: u16, message: &Publish<'_>
     put_frame(out, HEADER, channel, |out| {
         put_u16(out, CLASS_BASIC);
         put_u16(out, 0); // weight, unused
-        out.extend_from_slice(&(message.body_len as u64).to_be_bytes());
+        let body_len = message.content.body().len() as u64;
+        out.extend_from_slice(&body_len.to_be_bytes());
         put_properties(out, &message.properties);
     });
 }
@@ -357,6 +370,7 @@ mod tests {
             frame_max in FRAME_MIN..=12_000,
         ) {
             let headers: Vec<_> = headers.into_iter().collect();
+            let content: Arc<dyn Content> = Arc::new(body.clone());
             let message = Publish {
                 routing_key: key.as_bytes(),
                 mandatory,
@@ -367,7 +381,7 @@ mod tests {
                     reply_to: reply_to.as_ref().map(String::as_bytes),
                     expiration: expiration.as_ref().map(String::as_bytes),
                 },
-                body_len: body.len(),
+                content: &content,
             };
             let mut out = Vec::new();
             put_publish(&mut out, channel, &message);

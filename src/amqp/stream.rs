@@ -203,8 +203,8 @@ impl amiquip::IoStream for Stream {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::amqp::backlog::{Backlog, Content};
-    use crate::amqp::frame::{BODY, END, HEADER, Properties, Publish};
+    use crate::amqp::backlog::Backlog;
+    use crate::amqp::frame::{BODY, Content, END, HEADER, Properties, Publish};
     use crate::amqp::incoming::Incoming;
     use crate::amqp::outbox::NotSent;
     use mio::{Events, Token};
@@ -247,25 +247,16 @@ mod tests {
         })
     }
 
-    /// A body of its own.
-    struct Octets(Vec<u8>);
-
-    impl Content for Octets {
-        fn body(&self) -> &[u8] {
-            &self.0
-        }
-    }
-
     /// Puts a message with that body.
     fn publish(out: &mut Backlog, body: Vec<u8>) {
+        let content: Arc<dyn Content> = Arc::new(body);
         let message = Publish {
             routing_key: b"queue",
             mandatory: false,
             properties: Properties::default(),
-            body_len: body.len(),
+            content: &content,
         };
-        let content: Arc<dyn Content> = Arc::new(Octets(body));
-        out.publish(1, &message, &content);
+        out.publish(1, &message);
     }
 
     fn octet(out: &mut Backlog, octet: u8) {

@@ -1,8 +1,8 @@
 //! A request on its way out, and the connection that it goes by.
 
-use crate::amqp::backlog::{Backlog, Content};
+use crate::amqp::backlog::Backlog;
 use crate::amqp::channel::Channel;
-use crate::amqp::frame::{Properties, Publish};
+use crate::amqp::frame::{Content, Properties, Publish};
 use crate::amqp::inbox::Inbox;
 use crate::amqp::incoming::{Confirm, Incoming};
 use crate::amqp::outbox::{NotSent, Outbox};
@@ -209,6 +209,7 @@ impl Link {
         out: &mut Backlog,
     ) {
         let request = &outgoing.request;
+        let content: Arc<dyn Content> = outgoing.clone();
         let correlation_id = id.to_string();
         // At least 1: a message that expires in 0 ms is only delivered to a consumer that is
         // waiting for it. At most what the broker accepts, 49 days.
@@ -226,10 +227,9 @@ impl Link {
                 reply_to: Some(self.reply_to.as_bytes()),
                 expiration: Some(expiration.as_bytes()),
             },
-            body_len: request.body.len(),
+            content: &content,
         };
-        let content: Arc<dyn Content> = outgoing.clone();
-        out.publish(channel, &message, &content);
+        out.publish(channel, &message);
     }
 
     /// What the broker has confirmed, or says that it has lost.

@@ -10,7 +10,8 @@ use crate::amqp::connection::Connection;
 use crate::amqp::error::GONE;
 use crate::amqp::frame::reply_code::NOT_ALLOWED;
 use crate::amqp::frame::{
-    Properties, Publish, put_confirm_select, put_consume, put_declare, put_publish, put_qos,
+    Content, Properties, Publish, put_confirm_select, put_consume, put_declare, put_publish,
+    put_qos,
 };
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Incoming};
@@ -264,11 +265,12 @@ impl Manager {
         publishing: &Channel,
         told: &Receiver<Incoming>,
     ) -> Result<String, End> {
+        let nothing: Arc<dyn Content> = Arc::new(Vec::new());
         let for_nobody = Publish {
             routing_key: NOBODY,
             mandatory: false,
             properties: Properties::default(),
-            body_len: 0,
+            content: &nothing,
         };
         publishing.say(|out, id| put_publish(out, id, &for_nobody));
         let mut name = match self.shared.options.reply_to {

@@ -7,7 +7,7 @@
 //! meanwhile, the broker delivers the request again, perhaps to us: then it is not begun a second
 //! time, and the answer goes to where it has come back. Until it does, it is an *orphan*.
 
-use crate::amqp::backlog::{Backlog, Content};
+use crate::amqp::backlog::Backlog;
 use crate::amqp::channel::Channel;
 use crate::amqp::frame::{Publish, put_ack, put_qos};
 use crate::amqp::inbox::{Inbox, Lead, READ_TIME_MAX, Sink};
@@ -285,7 +285,7 @@ impl WorkQueue {
 
     /// Ends what the worker of that number has begun: sends the reply, if there is to be one, and
     /// the acknowledgement.
-    pub fn finish(&self, worker: usize, reply: Option<(&Publish<'_>, &Arc<dyn Content>)>) {
+    pub fn finish(&self, worker: usize, reply: Option<&Publish<'_>>) {
         let mut state = self.lock();
         while let Some(execution) = &state.executing[worker] {
             let key = execution.key;
@@ -304,8 +304,8 @@ impl WorkQueue {
             }
             let on_trial = state.suspects.is_on_trial(key);
             let encode = |out: &mut Backlog, id: u16| {
-                if let Some((reply, content)) = reply {
-                    out.publish(id, reply, content);
+                if let Some(reply) = reply {
+                    out.publish(id, reply);
                 }
                 out.append(|out| {
                     if let Some(tag) = tag {
@@ -320,7 +320,7 @@ impl WorkQueue {
             // woken the other for the second. The other sends what is there to be sent when it
             // comes, so this reply can leave with that one in one write. A long one is not copied
             // under the lock that all workers need.
-            let len = reply.map_or(0, |(reply, _)| reply.body_len);
+            let len = reply.map_or(0, |reply| reply.content.body().len());
             let leave = len < APPENDED_MAX && !state.backlog.is_empty() && state.woken > 0;
             let appended = match leave {
                 true => channel.try_append(encode),

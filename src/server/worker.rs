@@ -1,7 +1,6 @@
 //! A worker: a thread that takes a request, runs the handler, and sends reply and acknowledgement.
 
-use crate::amqp::backlog::Content;
-use crate::amqp::frame::Publish;
+use crate::amqp::frame::{Content, Publish};
 use crate::amqp::incoming::{Delivery, Message};
 use crate::message::{RemoteError, Response, return_address};
 use crate::server::request::Request;
@@ -84,15 +83,15 @@ impl Worker {
             }
         };
         let response = Arc::new(response);
+        let content: Arc<dyn Content> = response.clone();
         let reply = Publish {
             routing_key: reply_to,
             // A caller that is gone needs no answer.
             mandatory: false,
             properties: response.properties(correlation_id),
-            body_len: response.body().len(),
+            content: &content,
         };
-        let content: Arc<dyn Content> = response.clone();
-        self.queue.finish(number, Some((&reply, &content)));
+        self.queue.finish(number, Some(&reply));
     }
 
     /// Runs the handler.

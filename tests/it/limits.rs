@@ -318,8 +318,10 @@ fn a_request_that_takes_longer_than_the_broker_waits_is_executed_once_and_answer
     assert!(Peer::connect(&broker.url).is_empty(&queue));
 }
 
-/// Declares a queue that refuses what is over a limit.
-fn declare_limited(peer: &Peer, queue: &str, limit: &str, value: i32) {
+/// A broker with a queue of that name, which refuses what is over a limit, and a connection to it.
+fn limited(queue: &str, limit: &str, value: i32) -> (PrivateBroker, Peer) {
+    let broker = PrivateBroker::start();
+    let peer = Peer::connect(&broker.url);
     let mut arguments = FieldTable::new();
     arguments.insert(limit.to_owned(), AmqpValue::LongInt(value));
     let overflow = AmqpValue::LongString("reject-publish".to_owned());
@@ -329,14 +331,13 @@ fn declare_limited(peer: &Peer, queue: &str, limit: &str, value: i32) {
         ..QueueDeclareOptions::default()
     };
     peer.channel.queue_declare(queue, options).unwrap();
+    (broker, peer)
 }
 
 #[test]
 fn a_full_queue_rejects_a_request_at_once_where_the_broker_confirms() {
-    let broker = PrivateBroker::start();
     let queue = unique("full");
-    let peer = Peer::connect(&broker.url);
-    declare_limited(&peer, &queue, "x-max-length", 1);
+    let (broker, peer) = limited(&queue, "x-max-length", 1);
     peer.publish(&queue, b"1", AmqpProperties::default());
     eventually("it is there", || peer.count(&queue).0 == 1);
     let began = Instant::now();
@@ -373,10 +374,8 @@ fn a_full_queue_rejects_a_request_at_once_where_the_broker_confirms() {
 
 #[test]
 fn a_request_that_no_room_is_enough_for_is_rejected_though_the_queue_is_empty() {
-    let broker = PrivateBroker::start();
     let queue = unique("few-bytes");
-    let peer = Peer::connect(&broker.url);
-    declare_limited(&peer, &queue, "x-max-length-bytes", 10);
+    let (broker, _peer) = limited(&queue, "x-max-length-bytes", 10);
     let client = Caller::new(&broker.url, &queue, |client| {
         client.confirms(Confirms::Always)
     });

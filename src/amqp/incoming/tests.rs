@@ -1,6 +1,7 @@
 use super::*;
-use crate::amqp::frame::{FRAME_MIN, Properties, Publish, put_ack, put_body, put_publish};
+use crate::amqp::frame::{Content, FRAME_MIN, Properties, Publish, put_ack, put_body, put_publish};
 use proptest::prelude::*;
+use std::sync::Arc;
 
 /// A delivery as the broker writes it. Its content is laid out as that of a publish.
 fn put_delivery(
@@ -23,11 +24,12 @@ fn put_deliver_method(out: &mut Vec<u8>, channel: u16, tag: u64) {
 
 fn put_content(out: &mut Vec<u8>, channel: u16, properties: Properties<'_>, body: &[u8]) {
     let mut publish = Vec::new();
+    let shared: Arc<dyn Content> = Arc::new(body.to_vec());
     let message = Publish {
         routing_key: b"q",
         mandatory: false,
         properties,
-        body_len: body.len(),
+        content: &shared,
     };
     put_publish(&mut publish, channel, &message);
     put_body(&mut publish, channel, FRAME_MIN, body);
