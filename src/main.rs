@@ -5,7 +5,7 @@ mod command;
 mod fib;
 
 use clap::Parser;
-use command::cli::{self, Cli, Command};
+use command::cli::{Cli, Command, manual};
 use command::lines::{self, LAST_LINES, stderr};
 use command::{bench, call, exit, server, status};
 use std::env::{self, VarError};
@@ -31,11 +31,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::bench(&args, &cli.global),
         Command::Status(args) => status::status(&args, &cli.global),
         Command::Completions { shell } => {
-            lines::print(&cli::completions(shell))?;
+            lines::print(&manual::completions(shell))?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Man => {
-            lines::print(&cli::manual()?)?;
+            lines::print(&manual::manual()?)?;
             Ok(ExitCode::SUCCESS)
         }
     }

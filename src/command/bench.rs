@@ -1,7 +1,8 @@
 //! `fibrpc bench`: a closed or an open loop of calls on one client, every answer checked, and the
 //! report on it.
 
-use crate::command::cli::{BenchArgs, Global, ReportKind};
+use crate::command::cli::bench::BenchArgs;
+use crate::command::cli::{Global, ReportKind};
 use crate::command::exit::{INTERRUPTED, class};
 use crate::command::lines;
 use crate::command::signals::{GOODBYE_TIME, on_first_signal};

@@ -1,6 +1,7 @@
 //! `fibrpc call`: asks for numbers, and prints the answers in the order of the questions.
 
-use crate::command::cli::{CallArgs, Global, Numbers, Output};
+use crate::command::cli::Global;
+use crate::command::cli::calling::{CallArgs, Numbers, Output};
 use crate::command::exit::{INTERRUPTED, USAGE, class, hint};
 use crate::command::lines::{CANNOT_WRITE, Lines, stderr};
 use crate::command::numbers::{Next, Source};

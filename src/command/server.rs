@@ -1,6 +1,7 @@
 //! `fibrpc server`: the tutorial's server.
 
-use crate::command::cli::{Algorithm, Global, ServerArgs, ServerPlan};
+use crate::command::cli::Global;
+use crate::command::cli::serving::{Algorithm, ServerArgs, ServerPlan};
 use crate::command::lines::{LAST_LINES, Lines};
 use crate::command::signals::on_first_signal;
 use crate::fib::{self, parse_n};

@@ -1,0 +1,144 @@
+//! What may be typed to serve.
+
+use crate::command::cli::{Global, U32_MAX, duration, usage, whole};
+use crate::fib;
+use clap::{Args, ValueEnum};
+use fibrpc::{QueueType, Server};
+use std::num::{NonZeroU16, NonZeroUsize};
+use std::time::Duration;
+
+/// What every server has.
+#[derive(Debug, Args)]
+pub struct ServingArgs {
+    /// How many requests to execute at the same time [default: the number of CPUs]
+    // Each has a channel, of which AMQP can number no more.
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = whole::<NonZeroUsize>(1..=65535)
+    )]
+    workers: Option<NonZeroUsize>,
+
+    /// How many requests the broker may give each worker ahead of its acknowledgements
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "1",
+        allow_negative_numbers = true,
+        value_parser = whole::<NonZeroU16>(1..=65535)
+    )]
+    prefetch: NonZeroU16,
+
+    /// Which queue to declare if there is none
+    #[arg(long, value_enum, default_value_t = QueueKind::Transient)]
+    queue_type: QueueKind,
+
+    /// How long to try for the first connection
+    #[arg(long, value_name = "DUR", default_value = "10s", value_parser = duration)]
+    connect_timeout: Duration,
+
+    /// How long requests being executed may take to finish once told to stop
+    #[arg(long, value_name = "DUR", default_value = "30s", value_parser = duration)]
+    drain_timeout: Duration,
+
+    /// Do not print a line for each request
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ServerArgs {
+    #[command(flatten)]
+    serving: ServingArgs,
+
+    /// How to compute: the tutorial's slow recursion, or fast doubling
+    #[arg(long, value_enum, default_value_t = Algorithm::Recursive)]
+    algorithm: Algorithm,
+
+    /// The largest n to accept [default: 45 for recursive, 186 for fast]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = whole::<u32>(0..=U32_MAX)
+    )]
+    max_n: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Algorithm {
+    /// The tutorial's: two calls for every number
+    Recursive,
+    /// Fast doubling: exact up to n = 186
+    Fast,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum QueueKind {
+    /// Not durable, as in the tutorial
+    Transient,
+    /// Durable, on one node
+    Classic,
+    /// Durable and replicated
+    Quorum,
+}
+
+/// A server and what it computes, as plain values.
+pub struct ServerPlan {
+    pub server: Server,
+    pub algorithm: Algorithm,
+    pub max_n: u32,
+    pub quiet: bool,
+}
+
+impl ServingArgs {
+    pub fn server(&self, global: &Global) -> anyhow::Result<Server> {
+        if global.queue.starts_with("amq.") {
+            let queue = &global.queue;
+            return Err(usage(format!(
+                "--queue {queue}: names that begin with 'amq.' are for the broker itself; take \
+                 another, here and for the callers"
+            ))
+            .into());
+        }
+        let queue_type = match self.queue_type {
+            QueueKind::Transient => QueueType::Transient,
+            QueueKind::Classic => QueueType::Classic,
+            QueueKind::Quorum => QueueType::Quorum,
+        };
+        let server = Server::new(global.endpoints()?)?
+            .queue(&global.queue)
+            .queue_type(queue_type)
+            .prefetch(self.prefetch.get())
+            .connect_timeout(self.connect_timeout)
+            .drain_timeout(self.drain_timeout);
+        Ok(match self.workers {
+            Some(workers) => server.workers(workers.get()),
+            None => server,
+        })
+    }
+}
+
+impl ServerArgs {
+    pub fn plan(self, global: &Global) -> anyhow::Result<ServerPlan> {
+        let (default_n, limit) = match self.algorithm {
+            // fib(45) takes seconds; fib(60) would take an hour.
+            Algorithm::Recursive => (45, fib::RECURSIVE_N_MAX),
+            Algorithm::Fast => (fib::FAST_N_MAX, fib::FAST_N_MAX),
+        };
+        let max_n = self.max_n.unwrap_or(default_n);
+        if max_n > limit {
+            let reason = format!(
+                "--max-n {max_n} is beyond what this algorithm counts to exactly, n = {limit}"
+            );
+            return Err(usage(reason).into());
+        }
+        Ok(ServerPlan {
+            server: self.serving.server(global)?,
+            algorithm: self.algorithm,
+            max_n,
+            quiet: self.serving.quiet,
+        })
+    }
+}
