@@ -7,6 +7,7 @@
 pub(crate) mod endpoint; // brokers' URLs
 pub(crate) mod error; // what goes wrong, in our words
 
+pub(crate) mod body; // memory of large bodies; pure
 pub(crate) mod frame; // the frames that we write; pure
 pub(crate) mod incoming; // the frames that we read; pure
 

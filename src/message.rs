@@ -5,6 +5,7 @@
 
 pub(crate) mod headers;
 
+use crate::amqp::body::Body;
 use crate::amqp::frame::{Properties, SHORT_STRING_MAX};
 use crate::amqp::incoming::Received;
 use headers::{ERROR_KIND, Headers};
@@ -53,7 +54,7 @@ const ERROR_TEXT_MAX: usize = 64 << 10;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Response {
-    body: Vec<u8>,
+    body: Body,
     content_type: Option<String>,
     headers: Headers,
 }
@@ -62,7 +63,7 @@ impl Response {
     /// A response of content type `text/plain`, without headers.
     pub fn new(body: impl Into<Vec<u8>>) -> Response {
         Response {
-            body: body.into(),
+            body: Body::from(body.into()),
             ..Response::default()
         }
     }
@@ -179,7 +180,7 @@ impl From<()> for Response {
 impl From<Reply> for Response {
     fn from(reply: Reply) -> Response {
         Response {
-            body: reply.body,
+            body: Body::from(reply.body),
             content_type: reply.content_type,
             headers: reply.headers,
         }

@@ -5,16 +5,13 @@
 //! a chunk stays in it. So nothing that is done under the outbox's lock takes longer because of a
 //! large message, and its bytes are in memory once.
 
+use crate::amqp::body::LARGE_MIN;
 use crate::amqp::frame::{
     Content, END, FRAME_MIN, OVERHEAD, PREFIX_LEN, Publish, body_prefix, put_body, put_publish,
 };
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::sync::Arc;
-
-/// A body from this size on, in bytes, is not copied. To copy a smaller one costs less than a write
-/// that it does not share with others.
-const SHARED_MIN: usize = 64 << 10;
 
 /// A chunk of this size, in bytes, is appended to no more.
 const CHUNK_MAX: usize = 64 << 10;
@@ -244,11 +241,11 @@ impl Backlog {
         let body = message.content.body();
         self.append(|out| {
             put_publish(out, channel, message);
-            if body.len() < SHARED_MIN {
+            if body.len() < LARGE_MIN {
                 put_body(out, channel, frame_max, body);
             }
         });
-        if body.len() >= SHARED_MIN
+        if body.len() >= LARGE_MIN
             && let Some(last) = self.chunks.back_mut()
         {
             let body = Body::new(Arc::clone(message.content), channel, frame_max);

@@ -454,8 +454,16 @@ impl Reader {
         if self.bytes.len() < self.filled + READ_LEN {
             self.bytes.resize(self.filled + READ_LEN, 0);
         }
-        let len = transport.read(&mut self.bytes[self.filled..], wait)?;
-        self.filled += len;
+        let behind = &mut self.bytes[self.filled..];
+        // Until what is in the buffer has been taken, it is its turn.
+        let place = match self.filled {
+            0 => self.assembler.place().unwrap_or_default(),
+            _ => &mut [],
+        };
+        let room = place.len();
+        let len = transport.read(place, behind, wait)?;
+        self.assembler.put(len.min(room));
+        self.filled += len.saturating_sub(room);
         Ok(len)
     }
 

@@ -8,6 +8,7 @@
 //! recursively, so a table nested a thousand deep is so many bytes. Property values are bytes, and
 //! need be no text.
 
+use crate::amqp::body::{Body, LARGE_MIN};
 use crate::amqp::frame::{
     BASIC_ACK, BASIC_CANCEL, BASIC_CANCEL_OK, BASIC_CONSUME_OK, BASIC_DELIVER, BASIC_NACK,
     BASIC_QOS_OK, BASIC_RETURN, BODY, CHANNEL_CLOSE, CHANNEL_CLOSE_OK, CHANNEL_OPEN_OK,
@@ -375,6 +376,8 @@ struct Unfinished {
     incoming: Incoming,
     /// How much of the body is still to come; `None` before the content header.
     missing: Option<u64>,
+    /// How much of it is there. A large one has its length from the beginning.
+    filled: usize,
 }
 
 impl Assembler {
@@ -544,6 +547,7 @@ impl Assembler {
             channel,
             incoming,
             missing: None,
+            filled: 0,
         });
         Ok(())
     }
@@ -565,8 +569,12 @@ impl Assembler {
         }
         let message = unfinished.message();
         message.head = Head(cursor.0.to_vec());
-        let reserved = usize::try_from(body_len).unwrap_or(usize::MAX);
-        message.body = Vec::with_capacity(reserved.min(RESERVED_MAX));
+        let reserved = usize::try_from(body_len).map_or(RESERVED_MAX, |len| len.min(RESERVED_MAX));
+        message.body = match reserved {
+            0..LARGE_MIN => Vec::with_capacity(reserved),
+            // It is read to where it stays.
+            _ => Body::scratch(reserved),
+        };
         Ok(self.finish(at))
     }
 
@@ -581,8 +589,37 @@ impl Assembler {
         let unfinished = &mut self.unfinished[at];
         let missing = unfinished.missing.as_mut().ok_or(Malformed)?;
         *missing = missing.checked_sub(payload.len() as u64).ok_or(Malformed)?;
-        unfinished.message().body.extend_from_slice(payload);
+        let filled = unfinished.filled;
+        let body = &mut unfinished.message().body;
+        let (here, behind) = payload.split_at(payload.len().min(body.len() - filled));
+        body[filled..filled + here.len()].copy_from_slice(here);
+        body.extend_from_slice(behind);
+        unfinished.filled += payload.len();
         Ok(at)
+    }
+
+    /// Where the rest of a large body's frame belongs, of which a part has been taken. What is put
+    /// there is told to [`Assembler::put`].
+    pub fn place(&mut self) -> Option<&mut [u8]> {
+        let Cut { channel, left } = *self.cut.as_ref()?;
+        let at = self.position(channel)?;
+        let unfinished = &mut self.unfinished[at];
+        let filled = unfinished.filled;
+        let place = &mut unfinished.message().body[filled..];
+        let len = left.min(place.len());
+        (len > 0).then_some(&mut place[..len])
+    }
+
+    /// Takes note that so many bytes were put into that place.
+    pub fn put(&mut self, len: usize) {
+        let Some(cut) = &mut self.cut else { return };
+        cut.left -= len;
+        let channel = cut.channel;
+        if let Some(at) = self.position(channel) {
+            let unfinished = &mut self.unfinished[at];
+            unfinished.filled += len;
+            unfinished.missing = unfinished.missing.map(|missing| missing - len as u64);
+        }
     }
 
     fn finish(&mut self, at: usize) -> Option<Incoming> {

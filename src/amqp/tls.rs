@@ -325,10 +325,11 @@ impl TlsStream {
         &self.socket
     }
 
-    /// Reads as of [`io::Read::read`]; [`ErrorKind::WouldBlock`] also when only a part of a
-    /// record has arrived. `out` has room for more than [`READ_LEN`].
-    pub fn read(&self, out: &mut [u8], wait: Wait) -> io::Result<usize> {
-        let len = take(&mut self.session(), out)?;
+    /// Reads as of [`io::Read::read`] into one buffer, then the other; [`ErrorKind::WouldBlock`]
+    /// also when only a part of a record has arrived. Together they have room for more than
+    /// [`READ_LEN`].
+    pub fn read(&self, out: &mut [&mut [u8]; 2], wait: Wait) -> io::Result<usize> {
+        let len = take(&mut self.session(), out, 0)?;
         if len != Some(0) {
             return Ok(len.unwrap_or(0));
         }
@@ -344,7 +345,7 @@ impl TlsStream {
         while !ciphertext.is_empty() {
             session.read_tls(&mut ciphertext)?;
             session.process_new_packets().map_err(invalid)?;
-            match take(&mut session, &mut out[len..])? {
+            match take(&mut session, out, len)? {
                 Some(taken) => len += taken,
                 None => return Ok(len), // closed in good order; if this is 0, that is how it is told
             }
@@ -385,12 +386,23 @@ impl TlsStream {
     }
 }
 
-/// Takes what is decrypted; `None` once the broker has closed the connection in good order.
-fn take(session: &mut ClientConnection, out: &mut [u8]) -> io::Result<Option<usize>> {
+/// Takes what is decrypted, behind what was put into the buffers before; `None` once the broker has
+/// closed the connection in good order.
+fn take(
+    session: &mut ClientConnection,
+    out: &mut [&mut [u8]; 2],
+    before: usize,
+) -> io::Result<Option<usize>> {
     let mut len = 0;
+    let [first, second] = out;
     loop {
-        match session.reader().read(&mut out[len..]) {
-            Ok(0) if len < out.len() => return Ok((len > 0).then_some(len)),
+        let at = before + len;
+        let room = match first.get_mut(at..) {
+            Some(room) if !room.is_empty() => room,
+            _ => &mut second[at - first.len()..],
+        };
+        match session.reader().read(room) {
+            Ok(0) if !room.is_empty() => return Ok((len > 0).then_some(len)),
             Ok(0) => return Ok(Some(len)),
             Ok(more) => len += more,
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Some(len)),

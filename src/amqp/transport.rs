@@ -2,11 +2,12 @@
 //! a time: one that reads and one that writes.
 
 use crate::amqp::backlog::Parts;
+use crate::amqp::frame::OVERHEAD;
 #[cfg(feature = "tls")]
 use crate::amqp::tls::TlsStream;
 use crate::amqp::wait::Wait;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, IoSliceMut};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 
@@ -47,12 +48,20 @@ impl Transport {
         }
     }
 
-    /// Reads. One thread at a time may.
-    pub fn read(&self, out: &mut [u8], wait: Wait) -> io::Result<usize> {
+    /// Reads to a place for a part of a large body, which may be none, and what does not belong
+    /// there into the buffer behind it, which has room for more than [`READ_LEN`]. One thread at a
+    /// time may.
+    pub fn read(&self, place: &mut [u8], behind: &mut [u8], wait: Wait) -> io::Result<usize> {
         match self {
-            Transport::Plain(socket) => wait.read(socket, out),
+            Transport::Plain(socket) if place.is_empty() => wait.read(socket, behind),
+            Transport::Plain(socket) => {
+                // What follows the frame's end and the next one's beginning is likely to be the
+                // next part, which has its place then.
+                let behind = &mut behind[..OVERHEAD];
+                wait.read_parts(socket, &mut [place, behind].map(IoSliceMut::new))
+            }
             #[cfg(feature = "tls")]
-            Transport::Tls(stream) => stream.read(out, wait),
+            Transport::Tls(stream) => stream.read(&mut [place, behind], wait),
         }
     }
 

@@ -6,8 +6,8 @@
 //! measures how long they do. Where it is in vain, it is given up: for one short wait, then for
 //! three, seven, and so on.
 
-use rustix::net::{RecvFlags, recv};
-use std::io::{self, Read};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, recv, recvmsg};
+use std::io::{self, IoSliceMut, Read};
 use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,6 +25,21 @@ impl Wait {
         match self {
             Wait::AsSet => socket.read(out),
             Wait::Not => Ok(recv(socket, out, RecvFlags::DONTWAIT)?.0),
+        }
+    }
+
+    /// Reads into several parts, one after the other.
+    pub fn read_parts(
+        self,
+        mut socket: &TcpStream,
+        parts: &mut [IoSliceMut<'_>],
+    ) -> io::Result<usize> {
+        match self {
+            Wait::AsSet => socket.read_vectored(parts),
+            Wait::Not => {
+                let mut nothing = RecvAncillaryBuffer::default();
+                Ok(recvmsg(socket, parts, &mut nothing, RecvFlags::DONTWAIT)?.bytes)
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Calls: one request with all that can be said of it, and many in flight together.
 
+use crate::amqp::body::Body;
 use crate::amqp::time::{FAR_FUTURE, after};
 use crate::client::correlation::CorrelationId;
 use crate::client::link::{Link, Outgoing, OutgoingRequest};
@@ -50,7 +51,7 @@ impl<'c> RequestBuilder<'c> {
                 queue: queue.into(),
                 content_type: None,
                 headers: Headers::new(),
-                body: Vec::new(),
+                body: Body::default(),
             },
             timeout: shared.options.timeout,
             retry: shared.options.retry,
@@ -63,7 +64,7 @@ impl<'c> RequestBuilder<'c> {
     /// It is for [`Calls::submit`] and [`Client::call_many`](crate::Client::call_many);
     /// [`RequestBuilder::send`] puts its own body in place of this one.
     pub fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
-        self.request.body = body.into();
+        self.request.body = Body::from(body.into());
         self
     }
 

@@ -1,6 +1,7 @@
 //! A request on its way out, and the connection that it goes by.
 
 use crate::amqp::backlog::Backlog;
+use crate::amqp::body::Body;
 use crate::amqp::channel::Channel;
 use crate::amqp::frame::{Content, Properties, Publish};
 use crate::amqp::inbox::Inbox;
@@ -22,7 +23,7 @@ pub(crate) struct OutgoingRequest {
     pub queue: Arc<str>,
     pub content_type: Option<String>,
     pub headers: Headers,
-    pub body: Vec<u8>,
+    pub body: Body,
 }
 
 /// Where a request was published: on which channel, and as which message on it, from 1. The later

@@ -1,5 +1,6 @@
 //! A request, as a handler sees it.
 
+use crate::amqp::body::Body;
 use crate::amqp::incoming::Received;
 use crate::message::headers::Headers;
 use crate::message::return_address;
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Request {
-    body: Vec<u8>,
+    body: Body,
     content_type: Option<String>,
     headers: Headers,
     correlation_id: Option<Vec<u8>>,
@@ -37,7 +38,7 @@ impl Request {
     /// [`Client::request`](crate::Client::request).
     pub fn new(body: impl Into<Vec<u8>>) -> Request {
         Request {
-            body: body.into(),
+            body: Body::from(body.into()),
             ..Request::default()
         }
     }
@@ -85,7 +86,7 @@ impl Request {
             .and_then(|text| str::from_utf8(text).ok()?.parse().ok())
             .filter(|&time| time > 0);
         Request {
-            body,
+            body: Body::from(body),
             content_type: properties
                 .content_type
                 .map(|text| String::from_utf8_lossy(text).into_owned()),

@@ -131,7 +131,10 @@ proptest! {
 
     #[test]
     fn a_delivery_reads_the_same_in_whatever_pieces_it_arrives(
-        body in proptest::collection::vec(any::<u8>(), 0..10_000),
+        body in prop_oneof![
+            proptest::collection::vec(any::<u8>(), 0..10_000),
+            (60_000..80_000_usize).prop_map(|len| (0..len).map(|at| (at % 251) as u8).collect()),
+        ],
         pieces in proptest::collection::vec(1..3000_usize, 1..40),
     ) {
         let mut out = Vec::new();
@@ -141,7 +144,16 @@ proptest! {
         let mut pieces = pieces.into_iter().cycle();
         while !out.is_empty() {
             let piece = pieces.next().map_or(1, |len| len.min(out.len()));
-            buffer.extend(out.drain(..piece));
+            let mut piece = out.drain(..piece);
+            if buffer.is_empty() && let Some(place) = assembler.place() {
+                let mut len = 0;
+                for (place, byte) in place.iter_mut().zip(&mut piece) {
+                    *place = byte;
+                    len += 1;
+                }
+                assembler.put(len);
+            }
+            buffer.extend(piece);
             while let Some(Taken { len, parsed }) = assembler.take(&buffer).unwrap() {
                 prop_assert!(len > 0 && !parsed.pass_on);
                 taken.extend(parsed.incoming);
