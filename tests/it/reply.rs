@@ -3,7 +3,7 @@
 
 use crate::support::{
     Caller, Message, PATIENCE, Peer, PrivateBroker, Process, RawPeer, client, eventually, fibrpc,
-    long_string, run, short_string, signal, unique, url,
+    run, short_string, signal, unique, url,
 };
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use fibrpc::{Error, RemoteError, Retry};
@@ -328,21 +328,26 @@ fn a_command_that_vanishes_is_an_error_for_each_request_until_it_is_back() {
 
 #[test]
 fn headers_that_no_environment_has_room_for_are_an_error_and_no_more() {
-    let server = Reply::start("room", &["--workers", "1"], &["cat"]);
-    // More than Linux has in one variable, and in one frame all the same.
-    let mut peer = RawPeer::connect(&url());
-    let callback = Peer::connect(&url());
-    let address = callback.callback_queue();
-    let field = [
-        &short_string(b"x")[..],
-        b"S",
-        &long_string(&vec![b'v'; 130_900]),
-    ]
-    .concat();
-    let properties = [long_string(&field), short_string(address.as_bytes())].concat();
-    peer.publish(&server.queue, 1 << 13 | 1 << 9, &properties, b"");
-    let said = text(&callback.receive(&address));
-    assert!(said.is_empty() || said.contains("too long"), "{said}");
+    let queue = unique("room");
+    let direct = fibrpc(&url(), &queue);
+    // Linux gives arguments and environment a quarter of the stack, and 128 KiB at least.
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "ulimit -s 512; exec \"$0\" \"$@\""])
+        .arg(direct.get_program())
+        .args(["reply", "--workers", "1", "--", "cat"])
+        .envs(
+            direct
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+    let server = Reply::spawn(queue, &mut command);
+    let peer = Peer::connect(&url());
+    let mut headers = FieldTable::new();
+    headers.insert("x".to_owned(), AmqpValue::LongString("v".repeat(130_000)));
+    let properties = AmqpProperties::default().with_headers(headers);
+    let reply = peer.ask(&server.queue, b"", properties);
+    assert!(text(&reply).contains("Argument list too long"), "{reply:?}");
     server.still_serves("c", "c");
 }
 

@@ -347,3 +347,33 @@ fn pidfd(pid: Pid) -> Option<OwnedFd> {
 fn pidfd(_: Pid) -> Option<OwnedFd> {
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::CommandExt;
+    use std::process::Stdio;
+
+    fn start<'a>(line: &str, body: &'a [u8]) -> Group<'a> {
+        let mut command = Command::new("sh");
+        let command = command.args(["-c", line]).process_group(0);
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        Group::start(command.stderr(Stdio::piped()), body).unwrap()
+    }
+
+    #[test]
+    fn where_nothing_tells_of_its_end_a_command_is_looked_after() {
+        let (stop, _until) = io::pipe().unwrap();
+        for line in ["cat; exit 3", "cat; exec >&- 2>&-; sleep 0.1; exit 3"] {
+            let mut group = start(line, b"body");
+            group.pidfd = None;
+            let ended = group.run(None, &stop);
+            assert_eq!(ended.output, b"body");
+            assert!(matches!(ended.end, End::Exited(status) if status.code() == Some(3)));
+        }
+        let mut group = start("sleep 1000", b"");
+        group.pidfd = None;
+        let deadline = Instant::now() + Duration::from_millis(50);
+        assert!(matches!(group.run(Some(deadline), &stop).end, End::TimeUp));
+    }
+}
