@@ -5,10 +5,13 @@ pub mod cli; // what may be typed
 
 pub mod bench;
 pub mod call;
+pub mod reply;
 pub mod server;
 pub mod status;
 
+mod child; // a command that is run for each request
 pub mod exit; // exit codes, and how a failure is told
 pub mod lines; // lines on stdout and stderr
 mod numbers; // numbers from the arguments or stdin
+mod serving; // what the servers have in common
 mod signals;
