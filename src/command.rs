@@ -11,4 +11,5 @@ pub mod status;
 pub mod exit; // exit codes, and how a failure is told
 pub mod lines; // lines on stdout and stderr
 mod numbers; // numbers from the arguments or stdin
+mod serving; // what the servers have in common
 mod signals;

@@ -20,20 +20,26 @@ pub fn on_first_signal(
     limit: Option<Duration>,
     action: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<()> {
+    on_signals(limit, action, || ())
+}
+
+/// As [`on_first_signal`], and does something else before it exits on the second.
+pub fn on_signals(
+    limit: Option<Duration>,
+    action: impl FnOnce() + Send + 'static,
+    before_exit: impl FnOnce() + Send + 'static,
+) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot listen for signals")?;
     let listen = move || {
-        let mut action = Some(action);
-        for _ in signals.forever() {
-            match action.take() {
-                Some(action) => {
-                    action();
-                    if let Some(limit) = limit {
-                        exit_after(limit);
-                    }
-                }
-                None => exit(),
-            }
+        let mut arriving = signals.forever();
+        arriving.next();
+        action();
+        if let Some(limit) = limit {
+            exit_after(limit);
         }
+        arriving.next();
+        before_exit();
+        exit();
     };
     // Owned by nobody; it ends with the process.
     thread::Builder::new()
