@@ -10,6 +10,8 @@ pub mod status;
 
 pub mod exit; // exit codes, and how a failure is told
 pub mod lines; // lines on stdout and stderr
+pub mod log; // what goes to stderr, as text or JSON
+mod metrics; // what a server counts, for Prometheus
 mod numbers; // numbers from the arguments or stdin
 mod serving; // what the servers have in common
 mod signals;

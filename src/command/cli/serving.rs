@@ -1,10 +1,12 @@
 //! What may be typed to serve.
 
+use crate::command::cli::listen::Listen;
 use crate::command::cli::{Global, U32_MAX, duration, usage, whole};
 use crate::fib;
 use clap::{Args, ValueEnum};
 use fibrpc::{QueueType, Server};
 use std::num::{NonZeroU16, NonZeroUsize};
+use std::thread;
 use std::time::Duration;
 
 /// What every server has.
@@ -44,7 +46,12 @@ pub struct ServingArgs {
 
     /// Do not print a line for each request
     #[arg(long)]
-    pub quiet: bool,
+    quiet: bool,
+
+    /// Serve metrics for Prometheus at http://ADDRESS:PORT/metrics; no password guards them. :9464
+    /// is every address of the machine
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<Listen>,
 }
 
 #[derive(Debug, Args)]
@@ -84,16 +91,23 @@ enum QueueKind {
     Quorum,
 }
 
+/// What every server has, as plain values.
+pub struct ServingPlan {
+    pub server: Server,
+    pub workers: usize,
+    pub quiet: bool,
+    pub metrics: Option<Listen>,
+}
+
 /// A server and what it computes, as plain values.
 pub struct ServerPlan {
-    pub server: Server,
+    pub serving: ServingPlan,
     pub algorithm: Algorithm,
     pub max_n: u32,
-    pub quiet: bool,
 }
 
 impl ServingArgs {
-    pub fn server(&self, global: &Global) -> anyhow::Result<Server> {
+    pub fn plan(self, global: &Global) -> anyhow::Result<ServingPlan> {
         if global.queue.starts_with("amq.") {
             let queue = &global.queue;
             return Err(usage(format!(
@@ -107,15 +121,22 @@ impl ServingArgs {
             QueueKind::Classic => QueueType::Classic,
             QueueKind::Quorum => QueueType::Quorum,
         };
+        let workers = self
+            .workers
+            .or_else(|| thread::available_parallelism().ok())
+            .map_or(1, NonZeroUsize::get);
         let server = Server::new(global.endpoints()?)?
             .queue(&global.queue)
             .queue_type(queue_type)
+            .workers(workers)
             .prefetch(self.prefetch.get())
             .connect_timeout(self.connect_timeout)
             .drain_timeout(self.drain_timeout);
-        Ok(match self.workers {
-            Some(workers) => server.workers(workers.get()),
-            None => server,
+        Ok(ServingPlan {
+            server,
+            workers,
+            quiet: self.quiet,
+            metrics: self.metrics,
         })
     }
 }
@@ -135,10 +156,9 @@ impl ServerArgs {
             return Err(usage(reason).into());
         }
         Ok(ServerPlan {
-            server: self.serving.server(global)?,
+            serving: self.serving.plan(global)?,
             algorithm: self.algorithm,
             max_n,
-            quiet: self.serving.quiet,
         })
     }
 }
