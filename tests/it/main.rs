@@ -18,3 +18,4 @@ mod slow;
 mod support;
 #[cfg(feature = "tls")]
 mod tls;
+mod watch;
