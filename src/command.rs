@@ -12,6 +12,8 @@ pub mod status;
 mod child; // a command that is run for each request
 pub mod exit; // exit codes, and how a failure is told
 pub mod lines; // lines on stdout and stderr
+pub mod log; // what goes to stderr, as text or JSON
+mod metrics; // what a server counts, for Prometheus
 mod numbers; // numbers from the arguments or stdin
 mod serving; // what the servers have in common
 mod signals;

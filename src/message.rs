@@ -9,7 +9,6 @@ use crate::amqp::body::Body;
 use crate::amqp::frame::{Properties, SHORT_STRING_MAX};
 use crate::amqp::incoming::Received;
 use headers::{ERROR_KIND, Headers};
-use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 
@@ -361,6 +360,14 @@ impl RemoteError {
         self.kind.len() <= KIND_MAX && self.kind.split('-').all(word)
     }
 
+    /// The kind that its caller sees.
+    pub(crate) fn kind_sent(&self) -> &str {
+        match self.has_valid_kind() {
+            true => &self.kind,
+            false => RemoteError::INTERNAL,
+        }
+    }
+
     /// The message that it becomes.
     pub(crate) fn into_response(mut self) -> Response {
         if self.message.len() > ERROR_TEXT_MAX {
@@ -368,10 +375,7 @@ impl RemoteError {
             self.message.truncate(end);
             self.message.push_str("...");
         }
-        let kind = match self.has_valid_kind() {
-            true => Cow::Owned(self.kind),
-            false => Cow::Borrowed(RemoteError::INTERNAL),
-        };
+        let kind = self.kind_sent().to_owned();
         Response::new(self.message).with_header(ERROR_KIND, kind)
     }
 

@@ -427,9 +427,11 @@ impl Serving {
         ServerStats {
             answered: stats.answered.load(Ordering::Relaxed),
             refused: stats.refused.load(Ordering::Relaxed),
+            internal: stats.internal.load(Ordering::Relaxed),
             expired: stats.expired.load(Ordering::Relaxed),
             unanswerable: stats.unanswerable.load(Ordering::Relaxed),
             connections: stats.connections.load(Ordering::Relaxed),
+            connected: stats.connected.load(Ordering::Relaxed),
         }
     }
 }
@@ -503,10 +505,16 @@ pub struct ServerStats {
     pub answered: u64,
     /// Requests answered with an error, a panic included, counted when the handler has returned.
     pub refused: u64,
+    /// Those of the refused whose error was of kind `internal`: the handler has panicked, has
+    /// returned an error without a kind of its own, or a response longer than the broker takes.
+    pub internal: u64,
     /// Requests whose caller had given up before a worker was free: acknowledged, not executed.
     pub expired: u64,
     /// Requests without `reply_to`, which nobody can be answered: acknowledged, not executed.
     pub unanswerable: u64,
     /// Connections on which every worker has consumed. The first is one, too.
     pub connections: u64,
+    /// Whether it is connected now, and every worker has consumed on that connection. A connection
+    /// of which nothing comes any more counts until that is noticed.
+    pub connected: bool,
 }

@@ -2,6 +2,7 @@
 
 pub mod bench; // to measure
 pub mod calling; // to call
+pub mod listen; // where to listen
 pub mod manual; // completions and the manual
 pub mod serving; // to serve
 
@@ -50,6 +51,18 @@ Examples:
 Exit codes (of `call`, the first failure's):
   0 answered   2 usage   3 the server answered with an error   4 timeout   5 no request queue
   6 no broker, or refused   7 connection lost (with --no-retry)   8 not taken by the broker
+  130 interrupted";
+
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  fibrpc status                           is there a broker, and a server?
+  fibrpc status --output json             the same for a program
+  fibrpc status --call 10 --timeout 2s    does it answer? a health check from end to end
+  fibrpc status --wait 60s --queue up     wait until somebody serves `up`: before a container's start
+
+Exit codes:
+  0 served, and with --call answered   5 nobody serves the queue   6 no broker, or refused
+  with --call, what the call failed with:   3 answered with an error   4 no answer in time
   130 interrupted";
 
 #[derive(Debug, Args)]
@@ -101,6 +114,16 @@ pub struct Global {
     /// Log more, on stderr: -v connections, -vv everything (or set RUST_LOG)
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
+
+    /// How to log: text for people, or JSON, an object a line with time, level, target and message
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text, global = true)]
+    pub log: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
@@ -114,6 +137,7 @@ pub enum Command {
     /// Measure: many calls, every answer checked
     Bench(BenchArgs),
     /// Tell about the broker, the queue and its servers; exit code 0 if there is a server
+    #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArgs),
     /// Print a script that completes command lines, for a shell to read
     Completions {
@@ -127,9 +151,17 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    /// How long it may take
+    /// How long it may take, with the call
     #[arg(long, value_name = "DUR", default_value = "10s", value_parser = duration)]
     pub timeout: Duration,
+
+    /// Make one call with this body, too: exit code 0 if it is answered, and not with an error
+    #[arg(long, value_name = "BODY", allow_hyphen_values = true)]
+    pub call: Option<String>,
+
+    /// Wait for so long until somebody serves the queue, if need be for a broker, too
+    #[arg(long, value_name = "DUR", value_parser = duration)]
+    pub wait: Option<Duration>,
 
     /// What to print
     #[arg(long, value_enum, default_value_t = ReportKind::Text)]

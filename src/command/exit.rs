@@ -43,7 +43,14 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
 
 /// Prints what clap has to say: of the arguments, or the help that was asked for.
 pub fn usage(said: &clap::Error) -> ExitCode {
-    match said.print() {
+    let printed = match said.use_stderr() && stderr::is_formatted() {
+        true => {
+            stderr::offer(&said.to_string());
+            Ok(())
+        }
+        false => said.print(),
+    };
+    match printed {
         Err(error) if !said.use_stderr() && error.kind() != ErrorKind::BrokenPipe => {
             fail(&anyhow::Error::new(error).context(CANNOT_WRITE))
         }

@@ -14,7 +14,7 @@ use anyhow::Context;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,8 @@ pub struct Lines(Arc<Shared>);
 struct Shared {
     /// What it is called.
     name: &'static str,
+    /// Makes what is written of a line that says that others are missing.
+    note: fn(&str) -> String,
     state: Mutex<State>,
     /// There are lines for the writer, or they are written, or that failed.
     changed: Condvar,
@@ -61,15 +63,20 @@ struct State {
 impl Lines {
     /// Lines for stdout.
     pub fn stdout() -> io::Result<Lines> {
-        Lines::start("stdout", io::stdout().as_fd())
+        Lines::start("stdout", io::stdout().as_fd(), str::to_owned)
     }
 
     /// Starts the thread that writes. It owns a descriptor of its own, is joined by nobody, since a
     /// write cannot be interrupted, and ends with the process.
-    fn start(name: &'static str, to: BorrowedFd<'_>) -> io::Result<Lines> {
+    fn start(
+        name: &'static str,
+        to: BorrowedFd<'_>,
+        note: fn(&str) -> String,
+    ) -> io::Result<Lines> {
         let out = File::from(to.try_clone_to_owned()?);
         let shared = Arc::new(Shared {
             name,
+            note,
             state: Mutex::new(State::default()),
             changed: Condvar::new(),
             hurried: Condvar::new(),
@@ -230,7 +237,8 @@ impl Shared {
         if dropped == 0 {
             return Ok(());
         }
-        let note = format!(" [!] {dropped} lines dropped: {} is not read\n", self.name);
+        let note = format!(" [!] {dropped} lines dropped: {} is not read", self.name);
+        let note = (self.note)(&note) + "\n";
         write_all(out, note.as_bytes()).map_err(|(written, error)| {
             *torn = written > 0;
             (dropped, error)
@@ -272,21 +280,45 @@ pub mod stderr {
 
     /// Without a thread to be had, nothing is said.
     static LINES: LazyLock<io::Result<Lines>> =
-        LazyLock::new(|| Lines::start("stderr", io::stderr().as_fd()));
+        LazyLock::new(|| Lines::start("stderr", io::stderr().as_fd(), written));
 
-    /// A line that is worth no wait.
-    pub fn offer(line: &str) {
+    /// What is made of a line before it is written, if it is not to stay as it is.
+    static FORM: OnceLock<fn(&str) -> String> = OnceLock::new();
+
+    /// Has every line that is not the log's written in another form.
+    pub fn write_as(form: fn(&str) -> String) {
+        let _ = FORM.set(form);
+    }
+
+    /// Whether lines are written in another form.
+    pub fn is_formatted() -> bool {
+        FORM.get().is_some()
+    }
+
+    fn written(line: &str) -> String {
+        FORM.get()
+            .map_or_else(|| line.to_owned(), |form| form(line))
+    }
+
+    /// A line of the log, which has its form.
+    pub fn log(line: &str) {
         if let Ok(lines) = &*LINES {
             let _ = lines.offer(line);
         }
     }
 
+    /// A line that is worth no wait.
+    pub fn offer(line: &str) {
+        log(&written(line));
+    }
+
     /// A line that is as good as an answer: waits for whoever reads it.
     pub fn print(line: &str) {
         if let Ok(lines) = &*LINES {
+            let line = written(line);
             // What has failed once may work again; who has closed stderr does not want to know.
-            if lines.print(line).is_err() {
-                let _ = lines.offer(line);
+            if lines.print(&line).is_err() {
+                let _ = lines.offer(&line);
             }
             let _ = lines.flush(None);
         }

@@ -10,10 +10,9 @@ use std::process::ExitCode;
 /// Runs the command: answers requests until interrupted.
 pub fn server(args: ServerArgs, global: &Global) -> anyhow::Result<ExitCode> {
     let ServerPlan {
-        server,
+        serving,
         algorithm,
         max_n,
-        quiet,
     } = args.plan(global)?;
     let handler = move |request: &Request, output: &Output| {
         let n = parse_n(request.body(), max_n)?;
@@ -24,5 +23,5 @@ pub fn server(args: ServerArgs, global: &Global) -> anyhow::Result<ExitCode> {
         };
         Ok(result.to_string())
     };
-    serve(server, quiet, handler, || ())
+    serve(serving, handler, || ())
 }

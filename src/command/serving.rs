@@ -1,8 +1,10 @@
 //! What `fibrpc server` and `fibrpc reply` have in common: they serve until interrupted, and say so.
 
+use crate::command::cli::serving::ServingPlan;
 use crate::command::lines::{LAST_LINES, Lines};
+use crate::command::metrics::{Metrics, counted};
 use crate::command::signals::on_signals;
-use fibrpc::{Error, HandlerError, Request, Response, Server};
+use fibrpc::{Error, HandlerError, Request, Response};
 use std::fmt;
 use std::io::ErrorKind;
 use std::process::ExitCode;
@@ -13,11 +15,18 @@ use std::sync::{Arc, Once};
 /// `clean_up` is for what a handler has started elsewhere: it runs when the server has ended, so
 /// that nothing can be answered any more, and before the process exits at once on a second signal.
 pub fn serve<R: Into<Response>>(
-    server: Server,
-    quiet: bool,
+    plan: ServingPlan,
     handler: impl Fn(&Request, &Output) -> Result<R, HandlerError> + Send + Sync + 'static,
     clean_up: impl Fn() + Clone + Send + 'static,
 ) -> anyhow::Result<ExitCode> {
+    let ServingPlan {
+        server,
+        workers,
+        quiet,
+        metrics,
+    } = plan;
+    // Before the first connection: whoever watches wants to see that there is none yet.
+    let metrics = metrics.map(|at| Metrics::start(&at, workers)).transpose()?;
     let stopper = server.stopper();
     // How long the drain may take is the library's affair.
     on_signals(None, move || stopper.stop(), clean_up.clone())?;
@@ -35,10 +44,16 @@ pub fn serve<R: Into<Response>>(
             handler(request, &output)
         }
     };
-    let served = server.start(handler).and_then(|serving| {
-        output.announce();
-        serving.wait()
-    });
+    let served = server
+        .start(counted(metrics.clone(), handler))
+        .and_then(|serving| {
+            let serving = Arc::new(serving);
+            if let Some(metrics) = &metrics {
+                metrics.watch(&serving);
+            }
+            output.announce();
+            serving.wait()
+        });
     clean_up();
     // Whoever reads them had the time of the drain.
     let _ = output.lines.flush(Some(LAST_LINES));

@@ -48,6 +48,14 @@ pub fn on_signals(
     Ok(())
 }
 
+/// Exits at once on SIGINT or SIGTERM: for a command that has nothing to bring to an end.
+pub fn exit_on_signal() -> anyhow::Result<()> {
+    on_first_signal(None, || {
+        stderr::offer("error: interrupted");
+        exit();
+    })
+}
+
 fn exit_after(limit: Duration) {
     let last = move || {
         thread::sleep(limit);

@@ -84,6 +84,7 @@ impl Supervisor {
     pub fn run(mut self) -> Result<(), Error> {
         let served = self.serve_connections();
         self.queue.close();
+        self.stats.connected.store(false, Ordering::Relaxed);
         served
     }
 
@@ -96,6 +97,7 @@ impl Supervisor {
                 End::Lost(error) => error,
             };
             self.queue.end_session(self.number);
+            self.stats.connected.store(false, Ordering::Relaxed);
             // Closing tells the true cause, if it was the connection.
             if let Err(cause) = connection.close()
                 && let Error::ConnectionLost { reason } = &mut error
@@ -415,6 +417,7 @@ impl Supervisor {
         let (workers, queue) = (self.options.workers, &self.options.queue);
         log::log!(level, "connected: {workers} workers consume '{queue}'");
         self.stats.connections.fetch_add(1, Ordering::Relaxed);
+        self.stats.connected.store(true, Ordering::Relaxed);
         self.queue.open_session(Session {
             number: self.number,
             inbox: Arc::clone(&connection.inbox),

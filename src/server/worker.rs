@@ -8,7 +8,7 @@ use crate::server::work_queue::{Job, WorkQueue};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 impl Content for Response {
@@ -31,9 +31,21 @@ pub(crate) struct Worker {
 pub(crate) struct Stats {
     pub answered: AtomicU64,
     pub refused: AtomicU64,
+    pub internal: AtomicU64,
     pub expired: AtomicU64,
     pub unanswerable: AtomicU64,
     pub connections: AtomicU64,
+    pub connected: AtomicBool,
+}
+
+impl Stats {
+    /// Counts an error that is sent in the place of a result.
+    fn refuse(&self, error: &RemoteError) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        if error.kind_sent() == RemoteError::INTERNAL {
+            self.internal.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Worker {
@@ -70,8 +82,9 @@ impl Worker {
             }
             // The reply was too long, and another can be sent.
             Some(reason) if reason.message_max().is_some() => {
-                self.stats.refused.fetch_add(1, Ordering::Relaxed);
-                RemoteError::unsendable(&reason.to_string()).into_response()
+                let error = RemoteError::unsendable(&reason.to_string());
+                self.stats.refuse(&error);
+                error.into_response()
             }
             Some(reason) => {
                 self.stats.unanswerable.fetch_add(1, Ordering::Relaxed);
@@ -105,12 +118,12 @@ impl Worker {
             Err(RemoteError::internal(message))
         });
         let outcome = outcome.and_then(|response| response.fitting(self.queue.message_max()));
-        let counter = if outcome.is_ok() {
-            &self.stats.answered
-        } else {
-            &self.stats.refused
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
+        match &outcome {
+            Ok(_) => {
+                self.stats.answered.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(error) => self.stats.refuse(error),
+        }
         outcome.unwrap_or_else(|error| {
             if !error.has_valid_kind() {
                 log::warn!(

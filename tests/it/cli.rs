@@ -11,14 +11,14 @@ use std::thread;
 use std::time::Duration;
 
 /// The test broker's URL with another password.
-fn with_password(password: &str) -> String {
+pub fn with_password(password: &str) -> String {
     let mut url = url::Url::parse(&url()).unwrap();
     url.set_username("guest").unwrap();
     url.set_password(Some(password)).unwrap();
     url.to_string()
 }
 
-fn json_lines(stdout: &str) -> Vec<Value> {
+pub fn json_lines(stdout: &str) -> Vec<Value> {
     stdout
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())

@@ -19,3 +19,4 @@ mod slow;
 mod support;
 #[cfg(feature = "tls")]
 mod tls;
+mod watch;

@@ -1,11 +1,13 @@
 //! What may be typed to serve.
 
+use crate::command::cli::listen::Listen;
 use crate::command::cli::{Global, U32_MAX, duration, usage, whole};
 use crate::fib;
 use clap::{Args, ValueEnum};
 use fibrpc::{QueueType, Server};
 use std::ffi::OsString;
 use std::num::{NonZeroU16, NonZeroUsize};
+use std::thread;
 use std::time::Duration;
 
 /// What every server has.
@@ -45,7 +47,12 @@ pub struct ServingArgs {
 
     /// Do not print a line for each request
     #[arg(long)]
-    pub quiet: bool,
+    quiet: bool,
+
+    /// Serve metrics for Prometheus at http://ADDRESS:PORT/metrics; no password guards them. :9464
+    /// is every address of the machine
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<Listen>,
 }
 
 #[derive(Debug, Args)]
@@ -128,12 +135,19 @@ enum QueueKind {
     Quorum,
 }
 
+/// What every server has, as plain values.
+pub struct ServingPlan {
+    pub server: Server,
+    pub workers: usize,
+    pub quiet: bool,
+    pub metrics: Option<Listen>,
+}
+
 /// A server and what it computes, as plain values.
 pub struct ServerPlan {
-    pub server: Server,
+    pub serving: ServingPlan,
     pub algorithm: Algorithm,
     pub max_n: u32,
-    pub quiet: bool,
 }
 
 /// A server and what it replies with, as plain values.
@@ -151,7 +165,7 @@ pub enum Replier {
 }
 
 impl ServingArgs {
-    pub fn server(&self, global: &Global) -> anyhow::Result<Server> {
+    pub fn plan(self, global: &Global) -> anyhow::Result<ServingPlan> {
         if global.queue.starts_with("amq.") {
             let queue = &global.queue;
             return Err(usage(format!(
@@ -165,15 +179,22 @@ impl ServingArgs {
             QueueKind::Classic => QueueType::Classic,
             QueueKind::Quorum => QueueType::Quorum,
         };
+        let workers = self
+            .workers
+            .or_else(|| thread::available_parallelism().ok())
+            .map_or(1, NonZeroUsize::get);
         let server = Server::new(global.endpoints()?)?
             .queue(&global.queue)
             .queue_type(queue_type)
+            .workers(workers)
             .prefetch(self.prefetch.get())
             .connect_timeout(self.connect_timeout)
             .drain_timeout(self.drain_timeout);
-        Ok(match self.workers {
-            Some(workers) => server.workers(workers.get()),
-            None => server,
+        Ok(ServingPlan {
+            server,
+            workers,
+            quiet: self.quiet,
+            metrics: self.metrics,
         })
     }
 }
@@ -193,10 +214,9 @@ impl ServerArgs {
             return Err(usage(reason).into());
         }
         Ok(ServerPlan {
-            server: self.serving.server(global)?,
+            serving: self.serving.plan(global)?,
             algorithm: self.algorithm,
             max_n,
-            quiet: self.serving.quiet,
         })
     }
 }
