@@ -7,7 +7,7 @@ mod fib;
 use clap::Parser;
 use command::cli::{Cli, Command, manual};
 use command::lines::{self, LAST_LINES, stderr};
-use command::{bench, call, exit, server, status};
+use command::{bench, call, exit, request, server, status};
 use std::env::{self, VarError};
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -28,6 +28,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Server(args) => server::server(args, &cli.global),
         Command::Call(args) => call::call(args, &cli.global),
+        Command::Request(args) => request::request(args, &cli.global),
         Command::Bench(args) => bench::bench(&args, &cli.global),
         Command::Status(args) => status::status(&args, &cli.global),
         Command::Completions { shell } => {
