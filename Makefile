@@ -38,7 +38,7 @@ cluster: ## three RabbitMQ nodes, a quorum queue, a load; its leader is killed t
 	CLUSTER_KILLS=10 $(CARGO) test --locked --release --test it cluster -- --nocapture
 
 compare: build ## fibrpc beside other libraries in C, Rust, Go, JavaScript, Python; bodies; TLS: medians of ROUNDS=5
-	@scripts/peers
+	@scripts/peers pika
 	@ROUNDS=$(ROUNDS) scripts/broker with-broker target/peers/bin/python bench/compare.py
 
 scaling: build ## rates against calls in flight, threads, workers, prefetch, spinning; draws docs/scaling.svg

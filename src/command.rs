@@ -6,14 +6,18 @@ pub mod cli; // what may be typed
 pub mod bench;
 pub mod call;
 pub mod reply;
+pub mod request;
 pub mod server;
 pub mod status;
 
+mod bodies; // what `request` sends
 mod child; // a command that is run for each request
 pub mod exit; // exit codes, and how a failure is told
 pub mod lines; // lines on stdout and stderr
 pub mod log; // what goes to stderr, as text or JSON
 mod metrics; // what a server counts, for Prometheus
-mod numbers; // numbers from the arguments or stdin
+mod numbers; // what `call` asks for
+mod pipeline; // many calls in flight, answers in order
+mod questions; // where questions come from
 mod serving; // what the servers have in common
 mod signals;

@@ -7,7 +7,7 @@ mod fib;
 use clap::Parser;
 use command::cli::{Cli, Command, manual};
 use command::lines::{self, LAST_LINES, stderr};
-use command::{bench, call, exit, log, reply, server, status};
+use command::{bench, call, exit, log, reply, request, server, status};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -27,6 +27,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Server(args) => server::server(args, &cli.global),
         Command::Reply(args) => reply::reply(args, &cli.global),
         Command::Call(args) => call::call(args, &cli.global),
+        Command::Request(args) => request::request(args, &cli.global),
         Command::Bench(args) => bench::bench(&args, &cli.global),
         Command::Status(args) => status::status(&args, &cli.global),
         Command::Completions { shell } => {

@@ -134,8 +134,20 @@ impl<'c> RequestBuilder<'c> {
             .map_or(Err(Error::Closed), |answer| answer.result)
     }
 
-    /// Whether it can be sent.
-    fn check(&self) -> Result<(), Error> {
+    /// Whether it can be sent, which is checked then, too: for a template that many requests are made
+    /// of, or for what a user has typed. Sends nothing, and does not block.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidArgument`], as of [`RequestBuilder::send`]; it says what is wrong.
+    ///
+    /// ```
+    /// let client = fibrpc::Client::new("amqp://localhost")?;
+    /// assert!(client.request("shout").header("tenant", "7").check().is_ok());
+    /// assert!(client.request("shout").header("CC", "elsewhere").check().is_err());
+    /// # Ok::<(), fibrpc::Error>(())
+    /// ```
+    pub fn check(&self) -> Result<(), Error> {
         check_times(self.timeout, self.retry)?;
         self.request.check().map_err(Error::InvalidArgument)
     }

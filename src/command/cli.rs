@@ -7,7 +7,7 @@ pub mod manual; // completions and the manual
 pub mod serving; // to serve
 
 use bench::BenchArgs;
-use calling::CallArgs;
+use calling::{CallArgs, RequestArgs};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -44,11 +44,12 @@ Examples:
   fibrpc call --output raw 1 2 3     ask for several, print the numbers alone
   seq 1000 | fibrpc call -           ask for as many as there are lines
   fibrpc call --timeout 2s 40        give up after two seconds
+  fibrpc request --queue up hello    send any body to any queue, print the reply
   fibrpc reply -- tr a-z A-Z         answer with a command's output
   fibrpc status                      is there a broker, and a server?
   fibrpc bench --duration 10s        how fast is it?
 
-Exit codes (of `call`, the first failure's):
+Exit codes (of `call` and `request`, the first failure's):
   0 answered   2 usage   3 the server answered with an error   4 timeout   5 no request queue
   6 no broker, or refused   7 connection lost (with --no-retry)   8 not taken by the broker
   130 interrupted";
@@ -134,6 +135,8 @@ pub enum Command {
     Reply(ReplyArgs),
     /// Ask for Fibonacci numbers
     Call(CallArgs),
+    /// Send any request to any queue, and print the reply
+    Request(RequestArgs),
     /// Measure: many calls, every answer checked
     Bench(BenchArgs),
     /// Tell about the broker, the queue and its servers; exit code 0 if there is a server

@@ -80,7 +80,9 @@ pub fn hint(error: &Error) -> Option<String> {
         Error::Unreachable {
             source: Some(_), ..
         } => "is RabbitMQ running there? `make broker` starts one; --url or AMQP_URL names another",
-        Error::NoServer { .. } => "start one with `fibrpc server`, or wait with --wait-for-server",
+        Error::NoServer { .. } => {
+            "start one (`fibrpc server`, `fibrpc reply`), or wait with --wait-for-server"
+        }
         _ => return None,
     };
     Some(format!("  hint: {hint}"))

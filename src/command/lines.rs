@@ -42,7 +42,7 @@ struct Shared {
     state: Mutex<State>,
     /// There are lines for the writer, or they are written, or that failed.
     changed: Condvar,
-    /// The writer is to collect no longer: somebody waits for it. Apart from `changed`, so that a
+    /// The writer is to collect no longer: somebody waits for it, or the buffer is full. Apart from `changed`, so that a
     /// line that is only collected wakes nobody.
     hurried: Condvar,
 }
@@ -96,10 +96,23 @@ impl Lines {
     ///
     /// Writing an earlier line has failed, such as to a pipe that was closed.
     pub fn print(&self, line: &str) -> io::Result<()> {
-        let state = self
-            .0
-            .wait_while(None, |state| state.buffer.len() >= BUFFER_MAX)?;
-        self.0.append(state, line);
+        let state = self.0.wait_while(None, State::is_full)?;
+        self.0.append(state, &[line.as_bytes(), b"\n"]);
+        Ok(())
+    }
+
+    /// Prints bytes as they are, which may be many: no more than [`BUFFER_MAX`] are copied at a
+    /// time. Waits for whoever reads them. For a stream that one thread prints to, since another
+    /// could come between.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Lines::print`].
+    pub fn print_bytes(&self, bytes: &[u8]) -> io::Result<()> {
+        for piece in bytes.chunks(BUFFER_MAX) {
+            let state = self.0.wait_while(None, State::is_full)?;
+            self.0.append(state, &[piece]);
+        }
         Ok(())
     }
 
@@ -111,10 +124,10 @@ impl Lines {
     pub fn offer(&self, line: &str) -> io::Result<()> {
         let mut state = self.0.lock();
         let failed = state.check();
-        if state.buffer.len() < BUFFER_MAX {
-            self.0.append(state, line);
-        } else {
+        if state.is_full() {
             state.dropped += 1;
+        } else {
+            self.0.append(state, &[line.as_bytes(), b"\n"]);
         }
         failed
     }
@@ -134,6 +147,10 @@ impl Lines {
 }
 
 impl State {
+    fn is_full(&self) -> bool {
+        self.buffer.len() >= BUFFER_MAX
+    }
+
     fn check(&self) -> io::Result<()> {
         match &self.failed {
             None => Ok(()),
@@ -149,12 +166,16 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn append(&self, mut state: MutexGuard<'_, State>, line: &str) {
+    fn append(&self, mut state: MutexGuard<'_, State>, parts: &[&[u8]]) {
         if state.buffer.is_empty() {
             self.changed.notify_all();
         }
-        state.buffer.extend_from_slice(line.as_bytes());
-        state.buffer.push(b'\n');
+        for part in parts {
+            state.buffer.extend_from_slice(part);
+        }
+        if state.is_full() {
+            self.hurried.notify_all();
+        }
     }
 
     /// Waits while something is so, and nothing has failed.
@@ -213,7 +234,7 @@ impl Shared {
             self.changed.notify_all();
             let _ = self
                 .hurried
-                .wait_timeout_while(state, COLLECT, |state| !state.hurry);
+                .wait_timeout_while(state, COLLECT, |state| !state.hurry && !state.is_full());
         }
     }
 

@@ -1,8 +1,9 @@
 //! The binary, driven as its user drives it: what it prints, and with which exit code it ends.
 
-use crate::support::{PATIENCE, Peer, Process, fibrpc, run, server, unique, url};
+use crate::support::{
+    PATIENCE, Peer, Process, fibrpc, json_lines, run, run_with_input, server, unique, url,
+};
 use amiquip::{AmqpProperties, QueueDeclareOptions};
-use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
@@ -16,13 +17,6 @@ pub fn with_password(password: &str) -> String {
     url.set_username("guest").unwrap();
     url.set_password(Some(password)).unwrap();
     url.to_string()
-}
-
-pub fn json_lines(stdout: &str) -> Vec<Value> {
-    stdout
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
 }
 
 #[test]
@@ -758,14 +752,6 @@ fn a_line_is_printed_for_each_request_and_none_is_lost() {
     server.signal("TERM");
     assert!(server.wait(PATIENCE).success());
     assert_eq!(server.output().0, " [.] fib(7)\n".repeat(2000));
-}
-
-/// Runs a command with something on its stdin.
-fn run_with_input(command: &mut Command, input: &[u8]) -> crate::support::Finished {
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(input).unwrap();
-    file.rewind().unwrap();
-    run(command.stdin(file))
 }
 
 #[test]

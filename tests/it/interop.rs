@@ -1,22 +1,7 @@
 //! A peer in another language, in both roles, on the same queue: Python's pika, as in the
 //! tutorial. `make test` installs it (scripts/peers).
 
-use crate::support::{PATIENCE, Process, client, fibrpc, root, run, server, unique, url};
-use std::process::Command;
-
-/// One of the scripts in tests/peers.
-fn python(script: &str, arguments: &[&str]) -> Command {
-    let python = root().join("target/peers/bin/python");
-    assert!(
-        python.exists(),
-        "these tests need a Python peer: run `make test`, which installs it"
-    );
-    let mut command = Command::new(python);
-    command
-        .arg(root().join("tests/peers").join(script))
-        .args(arguments);
-    command
-}
+use crate::support::{PATIENCE, Process, client, fibrpc, python, run, server, unique, url};
 
 fn python_server(queue: &str, declaration: &str, behaviour: &str) -> Process {
     let process = Process::spawn(&mut python(

@@ -14,6 +14,7 @@ mod hostile;
 mod interop;
 mod limits;
 mod reply;
+mod request;
 mod rpc;
 mod slow;
 mod support;

@@ -13,7 +13,8 @@ pub use slow_line::SlowLine;
 
 use crossbeam_channel::{Receiver, unbounded};
 use fibrpc::{Client, ClientBuilder, Error, HandlerError, Request, Response, Server, Serving};
-use std::io::{BufRead, BufReader, Read};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -56,6 +57,20 @@ pub fn fibrpc(url: &str, queue: &str) -> Command {
     command
 }
 
+/// One of the Python scripts in tests/peers.
+pub fn python(script: &str, arguments: &[&str]) -> Command {
+    let python = root().join("target/peers/bin/python");
+    assert!(
+        python.exists(),
+        "these tests need a Python peer: run `make test`, which installs it"
+    );
+    let mut command = Command::new(python);
+    command
+        .arg(root().join("tests/peers").join(script))
+        .args(arguments);
+    command
+}
+
 /// Runs a command to its end, and kills it if it does not come to one.
 pub fn run(command: &mut Command) -> Finished {
     let began = Instant::now();
@@ -69,6 +84,22 @@ pub fn run(command: &mut Command) -> Finished {
         stderr,
         took,
     }
+}
+
+/// Runs a command with something on its stdin.
+pub fn run_with_input(command: &mut Command, input: &[u8]) -> Finished {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(input).unwrap();
+    file.rewind().unwrap();
+    run(command.stdin(file))
+}
+
+/// The JSON objects that a command has printed, one a line.
+pub fn json_lines(stdout: &str) -> Vec<Value> {
+    stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 /// How a command ended.
