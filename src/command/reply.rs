@@ -13,11 +13,7 @@ const RESERVED: [&str; 3] = ["x-error-kind", "CC", "BCC"];
 
 /// Runs the command: answers requests until interrupted.
 pub fn reply(args: ReplyArgs, global: &Global) -> anyhow::Result<ExitCode> {
-    let ReplyPlan {
-        server,
-        quiet,
-        replier,
-    } = args.plan(global)?;
+    let ReplyPlan { serving, replier } = args.plan(global)?;
     let print = |request: &Request, output: &Output| {
         output.request(format_args!("{} bytes", request.body().len()));
     };
@@ -27,7 +23,7 @@ pub fn reply(args: ReplyArgs, global: &Global) -> anyhow::Result<ExitCode> {
                 print(request, output);
                 Ok(echo(request))
             };
-            serve(server, quiet, handler, || ())
+            serve(serving, handler, || ())
         }
         Replier::Command(command) => {
             let program = Arc::new(Program::find(command).map_err(usage)?);
@@ -38,7 +34,7 @@ pub fn reply(args: ReplyArgs, global: &Global) -> anyhow::Result<ExitCode> {
                     Ok(program.run(request)?)
                 }
             };
-            serve(server, quiet, handler, move || program.end_all())
+            serve(serving, handler, move || program.end_all())
         }
     }
 }

@@ -152,8 +152,7 @@ pub struct ServerPlan {
 
 /// A server and what it replies with, as plain values.
 pub struct ReplyPlan {
-    pub server: Server,
-    pub quiet: bool,
+    pub serving: ServingPlan,
     pub replier: Replier,
 }
 
@@ -233,8 +232,7 @@ impl ReplyArgs {
             (false, command) => Replier::Command(command),
         };
         Ok(ReplyPlan {
-            server: self.serving.server(global)?,
-            quiet: self.serving.quiet,
+            serving: self.serving.plan(global)?,
             replier,
         })
     }
