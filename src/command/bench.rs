@@ -66,12 +66,13 @@ pub fn bench(args: &BenchArgs, global: &Global) -> anyhow::Result<ExitCode> {
         ReportKind::Text => None,
         ReportKind::Json => Some(Context::now(args, global, plan.payload.body.len())?),
     };
+    let has_lines = !matches!(plan.task, Task::Measure { every: None, .. });
     let load = Load {
         clients: &clients,
         queue: &global.queue,
         payload: &plan.payload,
         // Lines tell as much, and would be torn by it.
-        bar: matches!(plan.task, Task::Measure { every: None, .. }),
+        bar: !has_lines,
     };
     let printer = Printer {
         kind: args.output,
@@ -86,6 +87,7 @@ pub fn bench(args: &BenchArgs, global: &Global) -> anyhow::Result<ExitCode> {
     printer.report(&Report {
         outcome: &outcome,
         checks: &checks,
+        follows_lines: has_lines,
         context,
     })?;
     if load.is_closed() {

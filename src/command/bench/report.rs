@@ -24,6 +24,8 @@ pub struct Printer {
 pub struct Report<'a> {
     pub outcome: &'a Outcome<'a>,
     pub checks: &'a [Check<'a>],
+    /// Whether there are intervals or trials above it.
+    pub follows_lines: bool,
     pub context: Option<Context<'a>>,
 }
 
@@ -114,6 +116,7 @@ impl Printer {
     pub fn report(&self, report: &Report<'_>) -> anyhow::Result<()> {
         let text = match self.kind {
             ReportKind::Json => serde_json::to_string(&report.json())?,
+            ReportKind::Text if report.follows_lines => format!("\n{}", report.text()),
             ReportKind::Text => report.text(),
         };
         let printed = self.lines.print(text.trim_end_matches('\n'));
