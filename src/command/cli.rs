@@ -32,7 +32,7 @@ pub struct Cli {
 }
 
 /// With the commit, if it was built in the repository.
-const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), env!("FIBRPC_COMMIT"));
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), env!("FIBRPC_COMMIT"));
 
 /// More than anybody can want where there is no other limit.
 const U32_MAX: u64 = u32::MAX as u64;
@@ -52,7 +52,7 @@ Examples:
 Exit codes (of `call` and `request`, the first failure's):
   0 answered   2 usage   3 the server answered with an error   4 timeout   5 no request queue
   6 no broker, or refused   7 connection lost (with --no-retry)   8 not taken by the broker
-  130 interrupted";
+  9 a check of `bench` failed   130 interrupted";
 
 const STATUS_EXAMPLES: &str = "\
 Examples:

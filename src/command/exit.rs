@@ -11,6 +11,9 @@ pub const USAGE: u8 = 2;
 /// The exit code when nobody serves the request queue.
 pub const NO_SERVER: u8 = 5;
 
+/// The exit code when what was measured does not keep what was asked of it.
+pub const FAILED_CHECK: u8 = 9;
+
 /// The exit code after an interrupt, as shells report it: 128 + SIGINT.
 pub const INTERRUPTED: u8 = 130;
 

@@ -1,14 +1,54 @@
 //! `fibrpc bench`: that it counts right, checks every answer, and does not hide a stall.
 
-use crate::support::{PATIENCE, Peer, Process, fibrpc, local, run, server, unique, url};
+use crate::support::{Finished, PATIENCE, Peer, Process, fibrpc, local, run, server, unique, url};
 use amiquip::QueueDeclareOptions;
-use serde_json::Value;
-use std::sync::Once;
+use fibrpc::{RemoteError, Request, Serving};
+use serde_json::{Value, json};
+use std::cell::Cell;
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Barrier, Once};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn json(stdout: &str) -> Value {
     serde_json::from_str(stdout).unwrap_or_else(|error| panic!("{error}: {stdout:?}"))
+}
+
+/// Runs `bench` with options, which are separated by spaces.
+fn bench(queue: &str, options: &str) -> Finished {
+    run(fibrpc(&url(), queue).arg("bench").args(options.split(' ')))
+}
+
+/// A server that answers with the request's body.
+fn echo(queue: &str) -> Serving {
+    local(
+        queue,
+        |server| server,
+        |request| Ok(request.body().to_vec()),
+    )
+}
+
+/// A server that fails each tenth request.
+fn failing(queue: &str) -> Serving {
+    let count = AtomicU64::new(0);
+    let handler = move |_: &Request| match count.fetch_add(1, Ordering::Relaxed) % 10 {
+        0 => Err(RemoteError::internal("the tenth").into()),
+        _ => Ok("1"),
+    };
+    local(queue, |server| server, handler)
+}
+
+/// The objects before the last line, each under its only name, and the last line: the report.
+fn lines(stdout: &str, name: &str) -> (Vec<Value>, Value) {
+    let mut lines: Vec<_> = stdout.lines().map(json).collect();
+    let report = lines.pop().unwrap();
+    assert!(report["requests"].is_u64(), "{stdout}");
+    let inner = |line: Value| match line.as_object().map(serde_json::Map::len) {
+        Some(1) => line[name].clone(),
+        _ => panic!("{line}"),
+    };
+    (lines.into_iter().map(inner).collect(), report)
 }
 
 #[test]
@@ -163,4 +203,479 @@ fn an_interrupted_bench_reports_what_it_has() {
     bench.signal("INT");
     assert_eq!(bench.wait(PATIENCE).code(), Some(130));
     assert!(json(&bench.output().0)["requests"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn any_server_is_measured_with_any_body() {
+    let queue = unique("bench-body");
+    let handler = |request: &Request| match request.content_type() {
+        Some("application/json") => Ok(request.body().to_ascii_uppercase()),
+        _ => Err(RemoteError::invalid_argument("this is not JSON").into()),
+    };
+    let _server = local(&queue, |server| server, handler);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), b"\xff\0SHOUTED\n").unwrap();
+    let file = format!("@{}", file.path().display());
+    // Upper case is an echo only of what is upper case.
+    for (options, code, ok) in [
+        (
+            &["--data", "{}", "--content-type", "application/json"][..],
+            0,
+            20,
+        ),
+        (&["--data", "", "--content-type", "application/json"], 0, 20),
+        (
+            &["--size", "100000", "--content-type", "application/json"],
+            0,
+            20,
+        ),
+        (
+            &[
+                "--data",
+                &file,
+                "--expect-echo",
+                "--content-type",
+                "application/json",
+            ],
+            0,
+            20,
+        ),
+        (
+            &[
+                "--data",
+                "-a",
+                "--expect-echo",
+                "--content-type",
+                "application/json",
+            ],
+            3,
+            0,
+        ),
+        (
+            &[
+                "--size",
+                "100",
+                "--expect-echo",
+                "--content-type",
+                "application/json",
+            ],
+            3,
+            0,
+        ),
+        (&["--data", "{}"], 3, 0),
+    ] {
+        let mut command = fibrpc(&url(), &queue);
+        command.args(["bench", "--requests", "20", "--output", "json"]);
+        let bench = run(command.args(options));
+        assert_eq!(bench.code(), Some(code), "{options:?}: {}", bench.stderr);
+        let report = json(&bench.stdout);
+        assert_eq!(report["ok"], ok, "{options:?}: {report}");
+        let wrong = if options.contains(&"--expect-echo") {
+            20 - ok
+        } else {
+            0
+        };
+        assert_eq!(report["wrong"], wrong, "{options:?}: {report}");
+    }
+}
+
+#[test]
+fn an_echo_that_is_put_together_wrongly_is_found() {
+    let queue = unique("bench-echo");
+    let handler = |request: &Request| {
+        let mut body = request.body().to_vec();
+        // Two parts of a long body change places.
+        if body.len() > 4 * 4096 {
+            let (left, right) = body.split_at_mut(2 * 4096);
+            left[4096..].swap_with_slice(&mut right[..4096]);
+        }
+        Ok(body)
+    };
+    let _server = local(&queue, |server| server, handler);
+    let right = bench(
+        &queue,
+        "--requests 20 --expect-echo --size 16384 --output json",
+    );
+    assert_eq!(right.code(), Some(0), "{}{}", right.stdout, right.stderr);
+    let wrong = bench(
+        &queue,
+        "--requests 20 --expect-echo --size 16385 --output json",
+    );
+    assert_eq!(wrong.code(), Some(3));
+    assert_eq!(json(&wrong.stdout)["wrong"], 20);
+}
+
+#[test]
+fn connections_share_the_requests_and_the_calls_in_flight() {
+    const IN_FLIGHT: usize = 7;
+    let queue = unique("bench-connections");
+    let (together, most) = (Barrier::new(IN_FLIGHT), AtomicU64::new(0));
+    let handler = move |_: &Request| {
+        most.fetch_add(1, Ordering::SeqCst);
+        together.wait();
+        Ok(most.load(Ordering::SeqCst).to_string())
+    };
+    let server = local(&queue, |server| server.workers(16), handler);
+    // Fewer in flight would wait for ever at the barrier; more would make an eighth.
+    let bench = bench(
+        &queue,
+        "--requests 7 --connections 3 --concurrency 7 --data 7 --expect-echo --output json",
+    );
+    assert_eq!(bench.code(), Some(0), "{}{}", bench.stdout, bench.stderr);
+    assert_eq!(json(&bench.stdout)["ok"], 7);
+    server.stop().unwrap();
+}
+
+#[test]
+fn each_connection_is_a_client_of_its_own() {
+    let queue = unique("bench-clients");
+    let peer = Peer::connect(&url());
+    peer.channel
+        .queue_declare(&*queue, QueueDeclareOptions::default())
+        .unwrap();
+    for rate in ["--concurrency 10", "--rate 100"] {
+        let mut bench = Process::spawn(
+            fibrpc(&url(), &queue)
+                .arg("bench")
+                .args("--requests 10 --connections 4 --output json".split(' '))
+                .args(rate.split(' ')),
+        );
+        let clients: HashSet<_> = (0..10)
+            .map(|_| peer.receive(&queue).properties.reply_to().clone().unwrap())
+            .collect();
+        assert_eq!(clients.len(), 4, "{clients:?}");
+        assert!(peer.is_empty(&queue));
+        bench.signal("INT");
+        assert_eq!(bench.wait(PATIENCE).code(), Some(130));
+        assert_eq!(
+            json(&bench.output().0)["errors"],
+            json!({"interrupted": 10})
+        );
+    }
+}
+
+#[test]
+fn intervals_add_up_and_a_stall_is_a_gap() {
+    for options in [
+        "--concurrency 4",
+        "--concurrency 4 --connections 2",
+        "--rate 200",
+    ] {
+        let queue = unique("bench-every");
+        let count = AtomicU64::new(0);
+        let handler = move |request: &Request| {
+            if count.fetch_add(1, Ordering::Relaxed) == 30 {
+                thread::sleep(Duration::from_millis(700));
+            }
+            Ok(request.body().to_vec())
+        };
+        let _server = local(&queue, |server| server.workers(1), handler);
+        let options = format!("--every 100ms --requests 100 --size 9 --output json {options}");
+        let bench = bench(&queue, &options);
+        assert_eq!(bench.code(), Some(0), "{}", bench.stderr);
+        let (intervals, report) = lines(&bench.stdout, "interval");
+        let sum = |name| -> u64 { intervals.iter().filter_map(|i| i[name].as_u64()).sum() };
+        assert_eq!((sum("requests"), sum("ok"), sum("errors")), (100, 100, 0));
+        let end = |interval: &Value| interval["end"].as_f64().unwrap();
+        assert!(intervals.is_sorted_by_key(end), "{}", bench.stdout);
+        assert_eq!(end(&intervals[0]), 0.1);
+        assert!(end(&intervals[intervals.len() - 1]) <= report["seconds"].as_f64().unwrap());
+        let gaps: Vec<_> = intervals.iter().filter(|i| i["requests"] == 0).collect();
+        assert!(gaps.len() >= 4, "{options}: {}", bench.stdout);
+        let nothing = json!({"p50": null, "p99": null, "max": null});
+        assert_eq!(
+            (&gaps[0]["latency_ms"], &gaps[0]["rate"]),
+            (&nothing, &json!(0.0))
+        );
+    }
+}
+
+#[test]
+fn intervals_are_printed_while_it_runs_and_fit_80_columns() {
+    let queue = unique("bench-lines");
+    let _server = echo(&queue);
+    let mut text = Process::spawn(
+        fibrpc(&url(), &queue)
+            .arg("bench")
+            .args("--duration 10m --every 100ms --size 9".split(' ')),
+    );
+    let mut head = vec![text.line(), text.line(), text.line()];
+    text.signal("INT");
+    assert_eq!(text.wait(PATIENCE).code(), Some(130));
+    let rest = text.output().0;
+    head.extend(rest.lines().map(str::to_owned));
+    assert!(
+        head[0].contains("rate") && head[1].contains("0.10"),
+        "{head:?}"
+    );
+    assert!(rest.contains("requests in"), "{rest}");
+    assert!(head.iter().all(|line| line.len() <= 80), "{head:?}");
+}
+
+#[test]
+fn a_check_that_fails_ends_with_9_and_is_named_with_the_value() {
+    let queue = unique("bench-checks");
+    let _server = echo(&queue);
+    let checked = |checks: &[&str]| {
+        let mut command = fibrpc(&url(), &queue);
+        command.args([
+            "bench",
+            "--requests",
+            "100",
+            "--size",
+            "9",
+            "--output",
+            "json",
+        ]);
+        for check in checks {
+            command.args(["--fail-if", check]);
+        }
+        run(&mut command)
+    };
+    let kept = checked(&["p99.9>30s", "min < 1ns", "errors>0", "rate<=0.5"]);
+    assert_eq!((kept.code(), kept.stderr.as_str()), (Some(0), ""));
+    let report = json(&kept.stdout);
+    let checks = report["checks"].as_array().unwrap();
+    assert_eq!(checks.len(), 4);
+    assert!(
+        checks.iter().all(|check| check["failed"] == false),
+        "{report}"
+    );
+    assert_eq!(checks[0]["value"], report["latency_ms"]["p99_9"]);
+    assert_eq!(checks[3]["value"], report["rate"]);
+
+    let failed = checked(&["max<1h", "errors>0", "mean>1ns"]);
+    assert_eq!(failed.code(), Some(9));
+    let complaints: Vec<_> = failed.stderr.lines().collect();
+    assert_eq!(complaints.len(), 2, "{complaints:?}");
+    assert!(complaints[0].starts_with("error: failed check 'max<1h': max was "));
+    assert!(complaints[1].starts_with("error: failed check 'mean>1ns': mean was "));
+    let report = json(&failed.stdout);
+    let verdicts: Vec<_> = (0..3).map(|i| &report["checks"][i]["failed"]).collect();
+    assert_eq!(verdicts, [true, false, true]);
+}
+
+#[test]
+fn a_check_of_errors_says_how_many_are_tolerated() {
+    let queue = unique("bench-errors");
+    let _server = failing(&queue);
+    for (check, code) in [
+        ("", 3),
+        ("p99>1h", 3),
+        ("errors>10", 0),
+        ("errors>9", 9),
+        ("p99>1ns", 9),
+    ] {
+        let mut options = "--requests 100".to_owned();
+        if !check.is_empty() {
+            options += &format!(" --fail-if {check}");
+        }
+        let bench = bench(&queue, &options);
+        assert_eq!(bench.code(), Some(code), "{check}: {}", bench.stdout);
+        assert!(
+            bench.stdout.contains("10 failed: remote"),
+            "{}",
+            bench.stdout
+        );
+    }
+    // Where nothing works, no number of failures is fine.
+    let none = unique("bench-nobody");
+    for (check, code) in [("errors>10", 5), ("errors>2", 9), ("p99>1h", 9)] {
+        let bench = bench(&none, &format!("--requests 5 --fail-if {check}"));
+        assert_eq!(bench.code(), Some(code), "{check}: {}", bench.stderr);
+        let told = bench.stderr.contains("nothing was answered right");
+        assert_eq!(told, check.starts_with("p99"), "{}", bench.stderr);
+    }
+}
+
+/// Four workers that take 10 ms for each request, so 400 a second. One that a busy machine wakes up
+/// a bit late catches up.
+fn four_hundred_a_second(queue: &str) -> Serving {
+    const TIME: Duration = Duration::from_millis(10);
+    thread_local!(static FREE_AT: Cell<Option<Instant>> = const { Cell::new(None) });
+    let handler = |request: &Request| {
+        let now = Instant::now();
+        let begin = FREE_AT.get().map_or(now, |free| free.max(now - TIME));
+        FREE_AT.set(Some(begin + TIME));
+        thread::sleep((begin + TIME).saturating_duration_since(now));
+        Ok(request.body().to_vec())
+    };
+    local(queue, |server| server.workers(4).prefetch(2), handler)
+}
+
+#[test]
+fn the_highest_rate_that_a_server_keeps_is_found() {
+    let queue = unique("bench-find");
+    let _server = four_hundred_a_second(&queue);
+    let mut bench = Process::spawn(
+        fibrpc(&url(), &queue)
+            .arg("bench")
+            .args("--duration 1s --size 9 --output json --find-rate p99<20s".split(' ')),
+    );
+    let code = bench.wait(4 * PATIENCE).code();
+    let (stdout, stderr) = bench.output();
+    assert_eq!((code, stderr.as_str()), (Some(0), ""), "{stdout}");
+    let (trials, report) = lines(&stdout, "trial");
+    let found = report["find_rate"]["rate"].as_u64().unwrap();
+    assert!((380..=420).contains(&found), "{stdout}");
+    let tried = |is_kept: bool| {
+        let rates = trials.iter().filter(|trial| trial["kept"] == is_kept);
+        rates
+            .map(|trial| trial["rate"].as_u64().unwrap())
+            .collect::<Vec<_>>()
+    };
+    let (kept, not_kept) = (tried(true), tried(false));
+    assert!(
+        kept.iter().filter(|rate| **rate == found).count() >= 2,
+        "{stdout}"
+    );
+    let too_high = report["find_rate"]["too_high"].as_u64().unwrap();
+    assert!(
+        not_kept.iter().filter(|rate| **rate == too_high).count() >= 2,
+        "{stdout}"
+    );
+    assert!(
+        too_high > found && too_high - found <= found / 50,
+        "{stdout}"
+    );
+    assert_eq!(report["ok"], report["requests"]);
+}
+
+#[test]
+fn a_rate_at_which_calls_fail_is_not_kept() {
+    let queue = unique("bench-find-failing");
+    let _server = failing(&queue);
+    let bench = bench(&queue, "--duration 200ms --output json --find-rate p99<20s");
+    let (trials, _) = lines(&bench.stdout, "trial");
+    // Each tenth fails, so a trial without a failure has less than 10 requests.
+    let many = |trial: &&Value| trial["requests"].as_u64().unwrap() >= 10;
+    let reasons: Vec<_> = trials
+        .iter()
+        .filter(many)
+        .map(|trial| &trial["reason"])
+        .collect();
+    assert!(reasons.contains(&&json!("errors")), "{}", bench.stdout);
+    assert!(!reasons.contains(&&Value::Null), "{}", bench.stdout);
+}
+
+#[test]
+fn a_rate_that_nothing_keeps_is_an_error() {
+    let queue = unique("bench-find-none");
+    let _server = echo(&queue);
+    let none = bench(&queue, "--duration 50ms --size 9 --find-rate p50<1ns");
+    assert_eq!(none.code(), Some(9), "{}", none.stderr);
+    assert_eq!(
+        none.stderr,
+        "error: not even 1 request a second keeps p50<1ns\n"
+    );
+    // Without a server there is nothing to search.
+    let nobody = bench(
+        &unique("bench-find-nobody"),
+        "--duration 50ms --find-rate p50<1s",
+    );
+    assert_eq!((nobody.code(), nobody.stderr.as_str()), (Some(5), ""));
+}
+
+#[test]
+fn an_interrupted_search_reports_what_it_has() {
+    let queue = unique("bench-find-interrupted");
+    let _server = echo(&queue);
+    let mut bench = Process::spawn(
+        fibrpc(&url(), &queue)
+            .arg("bench")
+            .args("--duration 200ms --size 9 --output json --find-rate max<1ns".split(' ')),
+    );
+    bench.wait_for("trial");
+    bench.signal("INT");
+    assert_eq!(bench.wait(PATIENCE).code(), Some(130));
+    let (_, report) = lines(&bench.output().0, "trial");
+    assert_eq!(report["find_rate"]["rate"], Value::Null);
+    assert_eq!(report["find_rate"]["condition"], "max<1ns");
+}
+
+#[test]
+fn json_says_of_what_by_what_when_and_where_it_was_measured() {
+    let queue = unique("bench-context");
+    let _server = echo(&queue);
+    let bench = bench(
+        &queue,
+        "--requests 10 --size 7 --connections 2 --output json",
+    );
+    assert_eq!(bench.code(), Some(0), "{}", bench.stderr);
+    let report = json(&bench.stdout);
+    let version = report["version"].as_str().unwrap();
+    assert!(version.starts_with(env!("CARGO_PKG_VERSION")), "{version}");
+    assert!(report["broker"].as_str().unwrap().starts_with("RabbitMQ "));
+    let arguments = &report["arguments"];
+    for (name, value) in [
+        ("queue", json!(*queue)),
+        ("requests", json!(10)),
+        ("body_bytes", json!(7)),
+        ("connections", json!(2)),
+        ("concurrency", json!(64)),
+        ("timeout", json!("30s")),
+        ("rate", Value::Null),
+    ] {
+        assert_eq!(arguments[name], value, "{name}: {arguments}");
+    }
+    assert!(arguments["url"].as_str().unwrap().starts_with("amqp://"));
+    let url = url::Url::parse(&url()).unwrap();
+    let secret = format!(":{}@", url.password().unwrap_or("guest"));
+    assert!(!bench.stdout.contains(&secret), "{}", bench.stdout);
+    let time = report["time"].as_str().unwrap();
+    assert!(time.starts_with("20") && time.ends_with('Z'), "{time}");
+    assert_eq!(report["machine"]["os"], std::env::consts::OS);
+    assert!(report["machine"]["cpus"].as_u64().unwrap() >= 1);
+}
+
+#[test]
+fn options_that_cannot_be_are_told_with_what_can() {
+    for (options, told) in [
+        ("--fail-if p98>20ms", "'p98' is no metric"),
+        ("--fail-if p99>20", "metrics are min, mean"),
+        ("--fail-if p99", "quotes"),
+        ("--find-rate p99>20ms", "with < or <="),
+        ("--find-rate rate<20", "what is looked for"),
+        ("--find-rate p99<1s --rate 5", "--rate"),
+        ("--find-rate p99<1s --requests 5", "--requests"),
+        ("--find-rate p99<1s --every 1s", "--every"),
+        ("--every 1ms", "at least 10ms"),
+        ("--data x --size 5", "--size"),
+        ("--data x -n 5", "--argument"),
+        ("--size -5", "from 0 to 134217728"),
+        ("--size 134217729", "from 0 to 134217728"),
+        ("--expect-echo", "--data <BODY|@FILE>|--size <BYTES>"),
+        ("--data @/no/such/file", "cannot read /no/such/file"),
+        ("--data @/dev/zero", "longer than 134217728 bytes"),
+        ("--content-type= --data x", "1 to 255"),
+        ("--connections 0", "from 1 to 10000"),
+        ("--connections 65", "--concurrency 64"),
+    ] {
+        let usage = bench("q", options);
+        assert_eq!(usage.code(), Some(2), "{options}: {}", usage.stderr);
+        assert!(usage.stderr.contains(told), "{options}: {}", usage.stderr);
+        assert_eq!(usage.stdout, "", "{options}");
+    }
+}
+
+#[test]
+fn a_bench_whose_intervals_cannot_be_written_ends() {
+    let queue = unique("bench-reader");
+    let _server = echo(&queue);
+    let fibrpc = env!("CARGO_BIN_EXE_fibrpc");
+    for (to, code) in [("| head -n 2 >/dev/null", "0"), (">/dev/full", "1")] {
+        let bench = format!("'{fibrpc}' bench --duration 10m --every 20ms --size 9");
+        let script = format!("{{ {bench}; echo code=$? >&3; }} {to}");
+        let mut shell = std::process::Command::new("sh");
+        shell
+            .args(["-c", &format!("exec 3>&2; {script}")])
+            .env("AMQP_URL", url())
+            .env("FIBRPC_QUEUE", &queue);
+        let ended = run(&mut shell);
+        assert!(
+            ended.stderr.contains(&format!("code={code}")),
+            "{}",
+            ended.stderr
+        );
+    }
 }

@@ -678,6 +678,8 @@ fn no_command_panics_when_its_output_cannot_be_written() {
         ("status --output json", 0, 1, 0),
         ("status --queue no-such-queue", 5, 1, 5),
         ("bench --requests 100", 0, 1, 0),
+        ("bench --requests 100 --every 10ms", 0, 1, 0),
+        ("bench --requests 100 --fail-if 'errors>=0'", 9, 1, 9),
         ("call 10", 0, 1, 0),
         ("call 10 --output json", 0, 1, 0),
         ("call -1 --output raw", 3, 3, 3),

@@ -1,9 +1,9 @@
 //! What an operator watches: the metrics, the log as JSON, the health check.
 
-use crate::cli::{json_lines, with_password};
+use crate::cli::with_password;
 use crate::support::{
-    PATIENCE, Peer, PrivateBroker, Process, eventually, fibrpc, local, root, run, server, unique,
-    url,
+    PATIENCE, Peer, PrivateBroker, Process, eventually, fibrpc, json_lines, local, root, run,
+    server, unique, url,
 };
 use amiquip::AmqpProperties;
 use fibrpc::{HandlerError, RemoteError, Request};

@@ -6,6 +6,7 @@ use crate::command::numbers;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use fibrpc::{Client, ClientBuilder, Confirms, ReplyTo, RequestBuilder, Retry};
+use serde::Serialize;
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -103,21 +104,21 @@ pub struct CallingArgs {
 pub struct ClientArgs {
     /// How long each call may take, everything included: connect, send, wait, reconnect
     #[arg(long, value_name = "DUR", default_value = "30s", value_parser = duration)]
-    timeout: Duration,
+    pub timeout: Duration,
 
     /// Where replies are sent: a callback queue, or RabbitMQ's direct reply-to
     #[arg(long, value_enum, default_value_t = ReplyKind::Queue)]
-    reply_to: ReplyKind,
+    pub reply_to: ReplyKind,
 
     /// Have the broker confirm each request, and send again what it has not confirmed within 1 s:
     /// auto does so with several brokers. It costs about a tenth of the rate
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = ConfirmKind::Auto)]
-    confirm: ConfirmKind,
+    pub confirm: ConfirmKind,
 
     /// How long to ask for a reply again and again before sleeping until it comes: halves the
     /// latency of short calls, for CPU time. Stops by itself where it does not pay; 0s: never
     #[arg(long, value_name = "DUR", default_value = "500us", value_parser = duration_or_zero)]
-    spin: Duration,
+    pub spin: Duration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -140,16 +141,18 @@ pub enum RequestOutput {
     Json,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum ReplyKind {
+#[derive(Debug, Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReplyKind {
     /// One exclusive queue for all calls
     Queue,
     /// No queue (amq.rabbitmq.reply-to)
     Direct,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum ConfirmKind {
+#[derive(Debug, Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConfirmKind {
     Auto,
     Always,
     Never,
