@@ -28,7 +28,7 @@ const FAR_FUTURE: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 /// How many bytes the calls in flight may hold before no further question is taken: the bodies of
 /// unanswered requests, and of replies that wait for their turn. So 64 calls of 16 MiB each are not
 /// 1 GiB. One call is made however large it is.
-pub const BYTES_MAX: usize = 64 << 20;
+const BYTES_MAX: usize = 64 << 20;
 
 /// What is asked, and is kept until its answer is printed.
 pub trait Question {

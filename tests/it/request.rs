@@ -371,7 +371,7 @@ fn an_interrupt_ends_the_wait_for_a_file() {
 
 #[test]
 fn many_lines_take_no_more_memory_than_few() {
-    const LINES: usize = 50_000;
+    const LINES: usize = 30_000;
     let queue = unique("many-lines");
     let _server = local(
         &queue,
@@ -383,7 +383,7 @@ fn many_lines_take_no_more_memory_than_few() {
     let mut input = request.stdin();
     // It reads on while nobody answers if it is not held back.
     let writer = std::thread::spawn(move || {
-        let rest = "x".repeat(1_000);
+        let rest = "x".repeat(2_000);
         for number in 0..LINES {
             writeln!(input, "{number:05}{rest}").unwrap();
         }
