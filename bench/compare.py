@@ -12,11 +12,11 @@ from harness import (
     LIBRABBITMQ,
     URL,
     broker_pid,
-    build_example,
     build_peers,
     chosen,
     cpu_us,
     fibrpc_bench,
+    fibrpc_echo,
     fibrpc_server,
     machine,
     median,
@@ -113,27 +113,38 @@ def calls_tables():
     print(table(["CPU us per call, 16 in flight", *WHO], cpus), flush=True)
 
 
-def echo_rates(libraries, bodies, *options, url=URL):
-    """By body and library, the rates of all rounds."""
+def echo_rates(libraries, bodies, ca=None, url=URL):
+    """By body and library, the rates of all rounds. `ca` is the file of the broker's authority."""
     rates = {label: {name: [] for name in libraries} for label, *_ in bodies}
+    with_ca, ours_with_ca = (["--ca", ca], ["--tls-ca", ca]) if ca else ([], [])
     for number, names in in_turn(libraries):
         for name in names:
             peer, queue = libraries[name], queue_name("bodies", name, number)
-            with peer_server(peer, queue, WORKERS, "--echo", 1, *options, url=url):
+            ours = peer is None
+            with (
+                fibrpc_echo(queue, WORKERS, *ours_with_ca, url=url)
+                if ours
+                else peer_server(peer, queue, WORKERS, "--echo", 1, *with_ca, url=url)
+            ):
                 for label, size, in_flight, requests in bodies:
-                    load = [queue, requests, in_flight, "--size", size, *options]
-                    rates[label][name].append(peer_client(peer, *load, url=url)[0]["rate"])
+                    load = [queue, requests, in_flight, "--size", size]
+                    report, _ = (
+                        fibrpc_bench(*load, "--expect-echo", *ours_with_ca, url=url)
+                        if ours
+                        else peer_client(peer, *load, *with_ca, url=url)
+                    )
+                    rates[label][name].append(report["rate"])
     return rates
 
 
 def bodies_table():
     peers, missing = build_peers([LIBRABBITMQ, LAPIN])
-    libraries = {OURS: [build_example("echo")], **peers}
+    libraries = {OURS: None, **peers}
     say("bodies ...")
     rates = echo_rates(libraries, BODIES)
     with tls_broker() as (url, ca):
         with_tls = {name: words for name, words in libraries.items() if name != LIBRABBITMQ}
-        rates |= echo_rates(with_tls, TLS_BODIES, "--ca", ca, url=url)
+        rates |= echo_rates(with_tls, TLS_BODIES, ca, url)
 
     rows = []
     for label, _, in_flight, _ in BODIES + TLS_BODIES:

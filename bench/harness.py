@@ -253,10 +253,21 @@ def fibrpc_server(queue, workers, *options):
     return Server(words)
 
 
-def fibrpc_bench(queue, requests, in_flight, *options):
+def fibrpc_echo(queue, workers, *options, url=URL):
+    words = [FIBRPC, "reply", "--echo", "--url", url, "--queue", queue, "--workers", workers, "--quiet", *options]
+    return Server(words)
+
+
+def slow_server(program, queue, workers, delay_ms):
+    """Serves with `bench/slow.rs`."""
+    load = ["--queue", queue, "--workers", workers, "--prefetch", 1, "--delay-ms", delay_ms]
+    return Server([program, "--url", URL, *load])
+
+
+def fibrpc_bench(queue, requests, in_flight, *options, url=URL):
     """Runs `fibrpc bench`; gives its JSON and its CPU time in us."""
     load = ["--queue", queue, *load_of(requests, in_flight)]
-    stdout, spent = run_client([FIBRPC, "bench", "--url", URL, *load, "--output", "json", *options])
+    stdout, spent = run_client([FIBRPC, "bench", "--url", url, *load, "--output", "json", *options])
     return json.loads(stdout), spent
 
 

@@ -1,10 +1,10 @@
-"""How fibrpc's rate follows calls in flight, threads, workers, prefetch, queue type and real work; what spinning gains
+"""How fibrpc's rate follows calls in flight, threads, connections, workers, prefetch, queue type and real work; what spinning gains
 and costs; a million calls; one call; and the recursion beside C's. Prints tables, and draws docs/scaling.svg.
 
     make scaling [ROUNDS=5]
     scripts/broker with-broker target/peers/bin/python bench/scaling.py [TABLE]...
 
-The tables are: in-flight (which draws), threads, spin, workers, prefetch, queue-type, million, one-call, fibonacci.
+The tables are: in-flight (which draws), threads, connections, spin, workers, prefetch, queue-type, million, one-call, fibonacci.
 """
 
 import json
@@ -32,9 +32,9 @@ from harness import (
     hogs,
     machine,
     median,
-    peer_server,
     run_client,
     say,
+    slow_server,
     table,
     thousands,
     warmup_of,
@@ -126,9 +126,20 @@ def threads_table():
     return table(header, rows)
 
 
+def connections_table():
+    rows = []
+    for connections in [1, 4, 16]:
+        row = [connections]
+        for in_flight in [64, 256]:
+            what = f"{connections} connections {in_flight}"
+            row += rate_and_p99(reports(what, [], 4, 15_000, in_flight, "--connections", connections))
+        rows.append(row)
+    return table(["connections", "64 in flight: calls per s", "p99 ms", "256 in flight: calls per s", "p99 ms"], rows)
+
+
 def spin_table():
     """One call at a time with and without spinning, in turn."""
-    echo = build_example("echo")
+    slow = build_example("slow")
     rows = []
     for what, delay_ms, requests, busy in SPIN_CASES:
         say(f"{what}, spinning and not ...")
@@ -136,7 +147,7 @@ def spin_table():
         measured = {spin: [] for spin in SPINS}
         plain = delay_ms is None
         with (
-            fibrpc_server(queue, 4) if plain else peer_server([echo], queue, 4, "--echo", 1, "--delay-ms", delay_ms),
+            fibrpc_server(queue, 4) if plain else slow_server(slow, queue, 4, delay_ms),
             hogs() if busy else nullcontext(),
         ):
             start_us = median(fibrpc_bench(queue, 1, 1, *SPINS["off"])[1] for _ in range(5))
@@ -260,6 +271,7 @@ def fibonacci_table():
 TABLES = {
     "in-flight": in_flight_table,
     "threads": threads_table,
+    "connections": connections_table,
     "spin": spin_table,
     "workers": workers_table,
     "prefetch": prefetch_table,

@@ -1,4 +1,4 @@
-//! What the Rust peers and our own echo peer share: the command line, the tutorial's Fibonacci,
+//! What the Rust peers and our own measuring programs share: the command line, the tutorial's Fibonacci,
 //! bodies, and a client's books. Nothing here knows of AMQP.
 
 use std::process::exit;

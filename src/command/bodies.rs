@@ -3,14 +3,15 @@
 use crate::command::pipeline::Question;
 use crate::command::questions::{Batch, Found, Source, read_lines};
 use crossbeam_channel::{Receiver, SendError, Sender};
+use fibrpc::Response;
 use std::convert::Infallible;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The longest body that the library sends, in bytes. Of a longer one no more is read.
-const BODY_MAX: u64 = 128 << 20;
+pub const BODY_MAX: u64 = Response::BODY_MAX as u64;
 
 /// An argument that stands for one body, or for one a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,15 +89,17 @@ fn read(
             }
             BodyArg::Literal(bytes) => (Ok(bytes), Origin::Argument(index)),
             BodyArg::Stdin => (read_whole("stdin", Ok(&mut stdin)), Origin::Stdin),
-            BodyArg::File(path) => {
-                let name = format!("'{}'", path.display());
-                (read_whole(&name, File::open(&path)), Origin::File(path))
-            }
+            BodyArg::File(path) => (read_file(&path), Origin::File(path)),
         };
         let origin = if is_only { Origin::Only } else { origin };
         to.send(vec![bytes.map(|bytes| Body { bytes, origin })])?;
     }
     Ok(())
+}
+
+/// All that a file holds; or a sentence that names it.
+pub fn read_file(path: &Path) -> Found<Vec<u8>> {
+    read_whole(&format!("'{}'", path.display()), File::open(path))
 }
 
 /// All that an input holds; or a sentence that names it.

@@ -5,14 +5,13 @@ use crate::command::bench::find_rate::Goal;
 use crate::command::bench::load::{Length, Pace};
 use crate::command::bench::payload::{Payload, Right, pattern};
 use crate::command::bench::{Plan, Task};
+use crate::command::bodies::{BODY_MAX, read_file};
 use crate::command::cli::calling::{ClientArgs, ConfirmKind, ReplyKind};
 use crate::command::cli::{Global, ReportKind, U32_MAX, duration, usage, whole};
 use crate::fib;
 use clap::Args;
 use fibrpc::Client;
 use serde::Serialize;
-use std::fs::File;
-use std::io::Read;
 use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
@@ -29,9 +28,6 @@ Examples:
 
 Exit code: 9 if a check failed, otherwise that of the commonest failure, 0 if there was none.
 With --fail-if 'errors>N', up to N failures are none.";
-
-/// The longest request that the library takes.
-const BODY_MAX: u64 = 128 << 20;
 
 /// More connections need more memory and threads than a machine has.
 const CONNECTIONS_MAX: u64 = 10_000;
@@ -314,17 +310,7 @@ fn data_body(data: &str) -> Result<Vec<u8>, clap::Error> {
     let Some(file) = file_of(data) else {
         return Ok(data.as_bytes().to_vec());
     };
-    let mut body = Vec::new();
-    File::open(file)
-        // Of a file that never ends, too.
-        .and_then(|file| file.take(BODY_MAX + 1).read_to_end(&mut body))
-        .map_err(|error| usage(format!("--data: cannot read {file}: {error}")))?;
-    if body.len() as u64 > BODY_MAX {
-        return Err(usage(format!(
-            "--data: {file} is longer than {BODY_MAX} bytes, the most that a request may carry"
-        )));
-    }
-    Ok(body)
+    read_file(file.as_ref()).map_err(|reason| usage(format!("--data: {reason}")))
 }
 
 fn content_type(text: &str) -> Result<String, String> {
