@@ -495,7 +495,7 @@ fn options_that_cannot_be_are_told_with_what_can() {
         ("--size -5", "from 0 to 134217728"),
         ("--size 134217729", "from 0 to 134217728"),
         ("--expect-echo", "--data <BODY|@FILE>|--size <BYTES>"),
-        ("--data @/no/such/file", "cannot read /no/such/file"),
+        ("--data @/no/such/file", "cannot read '/no/such/file'"),
         ("--data @/dev/zero", "longer than 134217728 bytes"),
         ("--content-type= --data x", "1 to 255"),
         ("--connections 0", "from 1 to 10000"),
