@@ -9,7 +9,7 @@ use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use fibrpc::{Error, RemoteError, Retry};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -419,7 +419,7 @@ fn a_command_that_closes_its_stdout_early_is_waited_for() {
 #[test]
 fn a_grandchild_that_keeps_stdout_open_holds_nothing_up_and_is_ended() {
     for ignoring in ["", "trap '' TERM;"] {
-        let line = format!("{ignoring} sleep 1000 & cat");
+        let line = format!("{ignoring} sleep 100 & cat");
         let server = Reply::shell("forks", &line);
         let began = Instant::now();
         for _ in 0..2 {
@@ -445,7 +445,7 @@ fn what_a_pipeline_writes_after_the_commands_own_end_belongs_to_the_reply() {
 fn a_command_that_outlives_its_caller_is_killed_with_all_it_has_started() {
     for ignoring in ["", "trap '' TERM;"] {
         let line = format!(
-            "{ignoring} read line; [ $line = fast ] && exit; sleep 1000 & sleep 1000 | sleep 1000"
+            "{ignoring} read line; [ $line = fast ] && exit; sleep 100 & sleep 100 | sleep 100"
         );
         let server = Reply::shell("deadline", &line);
         let client = server.client();
@@ -474,6 +474,16 @@ fn a_command_that_outlives_its_caller_is_killed_with_all_it_has_started() {
     }
 }
 
+/// A process whose output nobody reads. Killed when dropped.
+struct Unread(Child);
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[test]
 fn stderr_without_an_end_and_without_a_reader_stalls_nothing() {
     let queue = unique("stderr");
@@ -482,10 +492,11 @@ fn stderr_without_an_end_and_without_a_reader_stalls_nothing() {
     command
         .args(["reply", "--workers", "1", "--", "sh", "-c", line])
         .env(MARK, &queue)
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped());
-    let mut child = command.spawn().unwrap();
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     // Nobody reads.
+    let mut server = Unread(command.spawn().unwrap());
+    let child = &mut server.0;
     let client = client(&url(), &queue, 4 * PATIENCE);
     eventually("it serves", || {
         !matches!(client.call("a"), Err(Error::NoServer { .. }))
@@ -530,7 +541,7 @@ fn process_group(pid: u32) -> u32 {
 #[test]
 fn commands_that_outlive_the_drain_are_killed_and_their_requests_are_given_back() {
     for ignoring in ["", "trap '' TERM;"] {
-        let line = format!("{ignoring} sleep 1000 & sleep 1000");
+        let line = format!("{ignoring} sleep 100 & sleep 100");
         let options = ["--workers", "3", "--drain-timeout", "300ms"];
         let server = Reply::start("outlives", &options, &["sh", "-c", &line]);
         let peer = Peer::connect(&url());
@@ -559,7 +570,7 @@ fn commands_that_outlive_the_drain_are_killed_and_their_requests_are_given_back(
 #[test]
 fn a_second_signal_leaves_no_command_behind() {
     for ignoring in ["", "trap '' TERM;"] {
-        let line = format!("{ignoring} sleep 1000 & sleep 1000");
+        let line = format!("{ignoring} sleep 100 & sleep 100");
         let server = Reply::shell("twice", &line);
         let peer = Peer::connect(&url());
         let properties = AmqpProperties::default().with_reply_to("nowhere".to_owned());
@@ -579,7 +590,7 @@ fn a_second_signal_leaves_no_command_behind() {
 #[test]
 fn a_connection_that_is_lost_while_draining_leaves_no_command_behind() {
     let broker = PrivateBroker::start();
-    let (_folder, script) = script("#!/bin/sh\nsleep 1000\n");
+    let (_folder, script) = script("#!/bin/sh\nsleep 100\n");
     let server = Reply::start_at(&broker.url, "lost", &["--workers", "1"], &[&script]);
     let peer = Peer::connect(&broker.url);
     let properties = AmqpProperties::default().with_reply_to("nowhere".to_owned());
