@@ -5,12 +5,16 @@ PREFIX ?= /usr/local
 CARGO  ?= cargo
 ROOT    = $(DESTDIR)$(PREFIX)
 
+# Where zsh looks for completions; where systemd looks for units (empty: none are installed).
+ZSH_FUNCTIONS ?= $(PREFIX)/share/zsh/site-functions
+UNITS         ?= $(PREFIX)/lib/systemd/system
+
 CHAOS_SECONDS ?= 60
 CHAOS_SEED    ?= 42
 ROUNDS        ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-with-broker chaos cluster compare scaling lint build install broker clean
+.PHONY: help demo test test-with-broker chaos cluster compare scaling lint build install install-built deb deb-test broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,19 +58,34 @@ lint: ## formatting, who imports whom, clippy, documentation, shell scripts; war
 	$(CARGO) clippy --locked --no-default-features --features json --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features cli --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features --document-private-items
-	bash -n scripts/broker scripts/demo scripts/peers scripts/storeys .ci/run
+	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/peers scripts/storeys .ci/run
 
 build: ## the binary, target/release/fibrpc
 	$(CARGO) build --release --locked
 
-install: build ## binary, completions and manual page, under PREFIX (default /usr/local)
+install: build ## binary, completions, manual pages and systemd units, under PREFIX (default /usr/local)
+	@$(MAKE) --no-print-directory install-built
+
+install-built: # what is built already
 	install -D -m 755 target/release/fibrpc "$(ROOT)/bin/fibrpc"
 	install -d "$(ROOT)/share/man/man1" "$(ROOT)/share/bash-completion/completions" \
-		"$(ROOT)/share/zsh/site-functions" "$(ROOT)/share/fish/vendor_completions.d"
-	target/release/fibrpc man >"$(ROOT)/share/man/man1/fibrpc.1"
+		"$(DESTDIR)$(ZSH_FUNCTIONS)" "$(ROOT)/share/fish/vendor_completions.d"
+	target/release/fibrpc man "$(ROOT)/share/man/man1"
 	target/release/fibrpc completions bash >"$(ROOT)/share/bash-completion/completions/fibrpc"
-	target/release/fibrpc completions zsh >"$(ROOT)/share/zsh/site-functions/_fibrpc"
+	target/release/fibrpc completions zsh >"$(DESTDIR)$(ZSH_FUNCTIONS)/_fibrpc"
 	target/release/fibrpc completions fish >"$(ROOT)/share/fish/vendor_completions.d/fibrpc.fish"
+ifneq ($(UNITS),)
+	install -d "$(DESTDIR)$(UNITS)"
+	for unit in contrib/*.service; do \
+		sed 's|/usr/local/bin/|$(PREFIX)/bin/|' "$$unit" >"$(DESTDIR)$(UNITS)/$${unit#contrib/}" || exit; \
+	done
+endif
+
+deb: build ## a Debian package, in target/debian
+	scripts/deb
+
+deb-test: deb ## install, run, upgrade and purge it in a container with its own systemd (as root)
+	scripts/broker with-broker scripts/deb-test
 
 broker: ## a private broker in the foreground, until Ctrl-C; prints the URL to use
 	@scripts/broker run

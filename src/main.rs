@@ -34,8 +34,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             lines::print(&manual::completions(shell))?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Man => {
-            lines::print(&manual::manual()?)?;
+        Command::Man { folder } => {
+            manual::write_manual(&folder)?;
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -147,9 +147,12 @@ pub enum Command {
         /// Whose
         shell: Shell,
     },
-    /// Print the manual page
+    /// Write the manual pages, one for each command
     #[command(hide = true)]
-    Man,
+    Man {
+        /// Into this folder
+        folder: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]

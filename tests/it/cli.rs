@@ -673,7 +673,6 @@ fn no_command_panics_when_its_output_cannot_be_written() {
         ("--help", 0, 1, 0),
         ("--version", 0, 1, 0),
         ("completions bash", 0, 1, 0),
-        ("man", 0, 1, 0),
         ("status", 0, 1, 0),
         ("status --output json", 0, 1, 0),
         ("status --queue no-such-queue", 5, 1, 5),
@@ -883,21 +882,48 @@ fn a_url_can_come_from_a_file() {
 }
 
 #[test]
-fn completions_and_the_manual_page_know_every_command() {
+fn completions_and_the_manual_pages_know_every_command() {
+    let help = run(fibrpc("", "q").arg("--help"));
+    let commands = help.stdout.split("Commands:\n").nth(1).unwrap();
+    // Lines of a longer description are indented further.
+    let commands = commands.lines().take_while(|line| !line.is_empty());
+    let commands = commands.filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    let commands: Vec<_> = commands
+        .filter(|command| !["", "help"].contains(command))
+        .collect();
+    assert!(commands.contains(&"server"), "{commands:?}");
+
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = run(fibrpc("", "q").args(["completions", shell]));
         assert_eq!(script.code(), Some(0), "{shell}");
-        for word in ["server", "call", "bench", "status", "--reply-to"] {
-            assert!(
-                script.stdout.contains(word.trim_start_matches('-')),
-                "{shell}: {word}"
-            );
+        for word in commands.iter().chain(&["reply-to"]) {
+            assert!(script.stdout.contains(word), "{shell}: {word}");
         }
     }
-    let man = run(fibrpc("amqp://u:hunter2@h", "q").arg("man"));
-    assert!(man.stdout.contains(".TH fibrpc 1"), "{}", man.stdout);
-    assert!(man.stdout.contains("drain\\-timeout"), "{}", man.stdout);
-    assert!(!man.stdout.contains("hunter2"));
+
+    let folder = tempfile::tempdir().unwrap();
+    let written = run(fibrpc("amqp://u:hunter2@h", "q")
+        .arg("man")
+        .arg(folder.path()));
+    assert_eq!(written.code(), Some(0), "{}", written.stderr);
+    let page = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
+    for command in &commands {
+        let page = page(&format!("fibrpc-{command}.1"));
+        assert!(page.contains(&format!(".TH fibrpc-{command} 1")), "{page}");
+        assert!(page.contains("url\\-file"), "no global options: {page}");
+    }
+    let overview = page("fibrpc.1");
+    assert!(overview.contains(".TH fibrpc 1"), "{overview}");
+    assert!(!overview.contains("hunter2"), "{overview}");
+    assert!(page("fibrpc-server.1").contains("drain\\-timeout"));
+    // No page refers to one that there is not.
+    let pages = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(pages, commands.len() + 1);
+    assert_eq!(overview.matches("(1)").count(), commands.len());
+
+    let nowhere = run(fibrpc("", "q").args(["man", "/no/such/folder"]));
+    assert_eq!(nowhere.code(), Some(2), "{}", nowhere.stderr);
+    assert!(nowhere.stderr.contains("'/no/such/folder' is no folder"));
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! What is made of the command line's definition: completions and the manual.
 
-use crate::command::cli::Cli;
+use crate::command::cli::{Cli, usage};
+use anyhow::Context;
 use clap::CommandFactory;
 use clap_complete::Shell;
-use std::io::{self, Write as _};
+use std::fs;
+use std::path::Path;
 
 /// The script that completes command lines, for a shell.
 pub fn completions(shell: Shell) -> String {
@@ -12,23 +14,32 @@ pub fn completions(shell: Shell) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// The manual page, and those of the subcommands after it.
-pub fn manual() -> io::Result<String> {
-    let mut command = Cli::command();
-    command.build();
-    let subcommands: Vec<_> = command
-        .get_subcommands()
-        .filter(|sub| !sub.is_hide_set() && sub.get_name() != "help")
-        .cloned()
-        .collect();
-    let mut out = Vec::new();
-    let man = clap_mangen::Man::new(command);
-    man.render(&mut out)?;
-    for subcommand in subcommands {
-        let man = clap_mangen::Man::new(subcommand.clone());
-        writeln!(out, ".SH \"fibrpc {}\"", subcommand.get_name())?;
-        man.render_description_section(&mut out)?;
-        man.render_options_section(&mut out)?;
+/// Writes the manual pages into a folder that exists: `fibrpc.1`, and one for each subcommand.
+pub fn write_manual(folder: &Path) -> anyhow::Result<()> {
+    if !folder.is_dir() {
+        let folder = folder.display();
+        return Err(usage(format!("'{folder}' is no folder; `mkdir` makes one")).into());
     }
-    Ok(String::from_utf8_lossy(&out).into_owned())
+    // There is no page about `help`, and none is to refer to it. The options of all commands are not to
+    // stand between a command's own.
+    let mut command = Cli::command()
+        .disable_help_subcommand(true)
+        .mut_args(|arg| match arg.is_global_set() {
+            true => arg.help_heading("Global options"),
+            false => arg,
+        });
+    // With this, subcommands have the options of all, and are called `fibrpc server`.
+    command.build();
+    let version = command.get_version().unwrap_or_default().to_owned();
+    let subcommands = command.get_subcommands().filter(|sub| !sub.is_hide_set());
+    for page in subcommands.chain([&command]) {
+        let page = clap_mangen::Man::new(page.clone())
+            .source(format!("fibrpc {version}"))
+            .manual("fibrpc");
+        let file = folder.join(page.get_filename());
+        let mut text = Vec::new();
+        page.render(&mut text)?;
+        fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(())
 }
