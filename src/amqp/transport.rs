@@ -49,8 +49,7 @@ impl Transport {
     }
 
     /// Reads to a place for a part of a large body, which may be none, and what does not belong
-    /// there into the buffer behind it, which has room for more than [`READ_LEN`]. One thread at a
-    /// time may.
+    /// there into the buffer behind it, which has room for 64 KiB. One thread at a time may.
     pub fn read(&self, place: &mut [u8], behind: &mut [u8], wait: Wait) -> io::Result<usize> {
         match self {
             Transport::Plain(socket) if place.is_empty() => wait.read(socket, behind),
