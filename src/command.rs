@@ -5,9 +5,11 @@ pub mod cli; // what may be typed
 
 pub mod bench;
 pub mod call;
+pub mod reply;
 pub mod server;
 pub mod status;
 
+mod child; // a command that is run for each request
 pub mod exit; // exit codes, and how a failure is told
 pub mod lines; // lines on stdout and stderr
 pub mod log; // what goes to stderr, as text or JSON

@@ -7,7 +7,7 @@ mod fib;
 use clap::Parser;
 use command::cli::{Cli, Command, manual};
 use command::lines::{self, LAST_LINES, stderr};
-use command::{bench, call, exit, log, server, status};
+use command::{bench, call, exit, log, reply, server, status};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -25,6 +25,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Server(args) => server::server(args, &cli.global),
+        Command::Reply(args) => reply::reply(args, &cli.global),
         Command::Call(args) => call::call(args, &cli.global),
         Command::Bench(args) => bench::bench(&args, &cli.global),
         Command::Status(args) => status::status(&args, &cli.global),

@@ -58,6 +58,26 @@ pub struct Response {
 }
 
 impl Response {
+    /// The longest body that any broker takes unless configured otherwise, in bytes: the limit of
+    /// RabbitMQ 3. Who makes a body of what others send may stop there.
+    /// Source: `max_message_size` in <https://www.rabbitmq.com/docs/configure>.
+    ///
+    /// ```
+    /// use fibrpc::Response;
+    /// use std::io::{self, Read};
+    ///
+    /// fn respond(output: impl Read) -> io::Result<Response> {
+    ///     let mut body = Vec::new();
+    ///     output.take(Response::BODY_MAX as u64 + 1).read_to_end(&mut body)?;
+    ///     match body.len() {
+    ///         0..=Response::BODY_MAX => Ok(Response::new(body)),
+    ///         _ => Err(io::Error::other("the output is too long")),
+    ///     }
+    /// }
+    /// # assert_eq!(respond(&b"short"[..]).unwrap(), Response::new("short"));
+    /// ```
+    pub const BODY_MAX: usize = MESSAGE_MAX;
+
     /// A response of content type `text/plain`, without headers.
     pub fn new(body: impl Into<Vec<u8>>) -> Response {
         Response {

@@ -12,7 +12,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use fibrpc::Endpoints;
-use serving::ServerArgs;
+use serving::{ReplyArgs, ServerArgs};
 use std::env;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -44,6 +44,7 @@ Examples:
   fibrpc call --output raw 1 2 3     ask for several, print the numbers alone
   seq 1000 | fibrpc call -           ask for as many as there are lines
   fibrpc call --timeout 2s 40        give up after two seconds
+  fibrpc reply -- tr a-z A-Z         answer with a command's output
   fibrpc status                      is there a broker, and a server?
   fibrpc bench --duration 10s        how fast is it?
 
@@ -129,6 +130,8 @@ pub enum LogFormat {
 pub enum Command {
     /// Answer requests until interrupted
     Server(ServerArgs),
+    /// Answer requests with a command of yours, or with themselves, until interrupted
+    Reply(ReplyArgs),
     /// Ask for Fibonacci numbers
     Call(CallArgs),
     /// Measure: many calls, every answer checked

@@ -13,6 +13,7 @@ mod fib;
 mod hostile;
 mod interop;
 mod limits;
+mod reply;
 mod rpc;
 mod slow;
 mod support;

@@ -5,6 +5,7 @@ use crate::command::cli::{Global, U32_MAX, duration, usage, whole};
 use crate::fib;
 use clap::{Args, ValueEnum};
 use fibrpc::{QueueType, Server};
+use std::ffi::OsString;
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::thread;
 use std::time::Duration;
@@ -73,6 +74,49 @@ pub struct ServerArgs {
     max_n: Option<u32>,
 }
 
+#[derive(Debug, Args)]
+#[command(override_usage = REPLY_USAGE, after_help = REPLY_HELP)]
+pub struct ReplyArgs {
+    #[command(flatten)]
+    serving: ServingArgs,
+
+    /// Reply with the request itself: its body, its content type, and its headers as text
+    #[arg(long)]
+    echo: bool,
+
+    /// Run this for each request, at most --workers at a time, and never through a shell: stdin is
+    /// the request's body, stdout the reply's, and exit code 0 means success
+    #[arg(
+        last = true,
+        value_name = "COMMAND",
+        conflicts_with = "echo",
+        num_args = 1..
+    )]
+    command: Vec<OsString>,
+}
+
+const REPLY_USAGE: &str = "\
+fibrpc reply [OPTIONS] --echo
+       fibrpc reply [OPTIONS] -- COMMAND [ARG]...";
+
+const REPLY_HELP: &str = "\
+Examples:
+  fibrpc reply --queue up -- tr a-z A-Z
+  fibrpc reply --queue name -- jq -c .name
+  fibrpc reply --queue work --workers 8 -- timeout 30 python3 handler.py
+  fibrpc reply --queue echo --echo
+
+A command that does not end with exit code 0 is an error for the caller: kind `internal`, and the
+last line of its stderr. Its environment has
+  FIBRPC_CORRELATION_ID  the same if the request is delivered again, FIBRPC_REDELIVERED (0 or 1)
+  FIBRPC_CONTENT_TYPE    FIBRPC_TIME_LEFT_MS (if the caller says how long it waits)
+  FIBRPC_HEADER_NAME     for each header: upper case, other characters `_`; the first, if several
+                         come to the same name
+A value with a NUL byte is left out. When the caller's time is up, or that of the drain, the command
+and what it has started are killed: SIGTERM, a second later SIGKILL. So is, when the command has
+ended, what it has left behind in its process group (setsid takes it out). Its output is read until
+its end, and for 0.1 s if something else keeps it open.";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Algorithm {
     /// The tutorial's: two calls for every number
@@ -104,6 +148,19 @@ pub struct ServerPlan {
     pub serving: ServingPlan,
     pub algorithm: Algorithm,
     pub max_n: u32,
+}
+
+/// A server and what it replies with, as plain values.
+pub struct ReplyPlan {
+    pub serving: ServingPlan,
+    pub replier: Replier,
+}
+
+/// What replies.
+pub enum Replier {
+    Echo,
+    /// A command and its arguments.
+    Command(Vec<OsString>),
 }
 
 impl ServingArgs {
@@ -159,6 +216,24 @@ impl ServerArgs {
             serving: self.serving.plan(global)?,
             algorithm: self.algorithm,
             max_n,
+        })
+    }
+}
+
+impl ReplyArgs {
+    pub fn plan(self, global: &Global) -> anyhow::Result<ReplyPlan> {
+        let replier = match (self.echo, self.command) {
+            (true, _) => Replier::Echo,
+            (false, command) if command.is_empty() => {
+                let reason = "what is to reply? Either the request itself: `fibrpc reply --echo`; \
+                              or a command: `fibrpc reply -- COMMAND [ARG]...`";
+                return Err(usage(reason).into());
+            }
+            (false, command) => Replier::Command(command),
+        };
+        Ok(ReplyPlan {
+            serving: self.serving.plan(global)?,
+            replier,
         })
     }
 }
