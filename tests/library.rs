@@ -192,7 +192,10 @@ fn a_handlers_error_and_its_panic_are_the_callers_error() {
         assert_eq!(found, kind, "{body}");
         assert!(message.contains(said), "{body}: {message}");
     }
-    assert_eq!(serving.stop().unwrap().refused, 6);
+    assert!(serving.stats().connected);
+    let stats = serving.stop().unwrap();
+    assert_eq!((stats.refused, stats.internal), (6, 5));
+    assert!(!stats.connected);
 }
 
 #[test]

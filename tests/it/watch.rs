@@ -17,8 +17,12 @@ use std::time::Duration;
 
 /// A server that is watched, and where.
 fn watched(url: &str, queue: &str, arguments: &[&str]) -> (Process, String) {
+    watched_as("server", url, queue, arguments)
+}
+
+fn watched_as(kind: &str, url: &str, queue: &str, arguments: &[&str]) -> (Process, String) {
     let mut command = fibrpc(url, queue);
-    command.args(["server", "--quiet", "--metrics", "127.0.0.1:0", "-v"]);
+    command.args([kind, "--quiet", "--metrics", "127.0.0.1:0", "-v"]);
     let process = Process::spawn(command.args(arguments));
     let said = process.wait_for_stderr("metrics at http://");
     let (_, page) = said.split_once("http://").unwrap();
@@ -132,6 +136,22 @@ fn metrics_tell_what_came_of_each_request() {
             && after["fibrpc_workers_busy"] == 0.0
             && after["fibrpc_handler_seconds_sum"] > 0.0
     });
+}
+
+#[test]
+fn a_server_around_a_command_has_metrics_too() {
+    let queue = unique("metrics-reply");
+    let arguments = ["--workers", "1", "--", "sh", "-c", "read n && exit $n"];
+    let (server, address) = watched_as("reply", &url(), &queue, &arguments);
+    server.wait_for("Awaiting");
+    let peer = Peer::connect(&url());
+    for code in ["0\n", "1\n", "0\n"] {
+        peer.ask(&queue, code.as_bytes(), AmqpProperties::default());
+    }
+    let counted = samples(&get(&address));
+    assert_eq!(outcome(&counted, "answered"), 2.0);
+    assert_eq!(outcome(&counted, "internal"), 1.0);
+    assert_eq!(counted["fibrpc_handler_seconds_count"], 3.0);
 }
 
 #[test]
