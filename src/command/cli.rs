@@ -59,7 +59,7 @@ Examples:
   fibrpc status                           is there a broker, and a server?
   fibrpc status --output json             the same for a program
   fibrpc status --call 10 --timeout 2s    does it answer? a health check from end to end
-  fibrpc status --wait 60s --queue up     wait until somebody serves `up`: before a container's start
+  fibrpc status --wait 60s --queue up     wait until somebody serves `up`
 
 Exit codes:
   0 served, and with --call answered   5 nobody serves the queue   6 no broker, or refused
