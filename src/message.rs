@@ -239,7 +239,7 @@ impl Reply {
     /// # Errors
     ///
     /// It says that the server failed.
-    pub(crate) fn read(properties: &Received<'_>, body: Vec<u8>) -> Result<Reply, RemoteError> {
+    pub(crate) fn read(properties: &Received<'_>, mut body: Vec<u8>) -> Result<Reply, RemoteError> {
         let headers = Headers::read(properties.headers);
         if properties.headers.get(ERROR_KIND).is_some() {
             let kind = headers.get(ERROR_KIND).unwrap_or("unknown");
@@ -248,6 +248,8 @@ impl Reply {
         let content_type = properties
             .content_type
             .map(|text| String::from_utf8_lossy(text).into_owned());
+        // Its memory may have been a longer one's, and its caller may keep many.
+        body.shrink_to_fit();
         Ok(Reply {
             body,
             content_type,
@@ -550,6 +552,14 @@ mod tests {
         for bad in ["", "No", "a b", "-a", "a--b", "ü", &"k".repeat(65)] {
             assert_eq!(sent(bad), "internal", "{bad}");
         }
+    }
+
+    #[test]
+    fn a_reply_holds_no_more_memory_than_it_needs() {
+        let mut body = vec![1; 100_000];
+        body.truncate(60_000);
+        let reply = Reply::read(&Received::default(), body).unwrap();
+        assert_eq!((reply.body.len(), reply.body.capacity()), (60_000, 60_000));
     }
 
     #[test]

@@ -11,6 +11,9 @@ use std::io::{self, ErrorKind, IoSliceMut};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 
+/// How much of a body is worth a read of its own, in bytes. A frame can have 4 KiB.
+const READ_MIN: usize = 16 << 10;
+
 /// The connection is dead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Down;
@@ -54,9 +57,12 @@ impl Transport {
         match self {
             Transport::Plain(socket) if place.is_empty() => wait.read(socket, behind),
             Transport::Plain(socket) => {
-                // What follows the frame's end and the next one's beginning is likely to be the
-                // next part, which has its place then.
-                let behind = &mut behind[..OVERHEAD];
+                let behind = match place.len() {
+                    ..READ_MIN => behind,
+                    // What follows the frame's end and the next one's beginning is likely to be the
+                    // next part, which has its place then.
+                    _ => &mut behind[..OVERHEAD],
+                };
                 wait.read_parts(socket, &mut [place, behind].map(IoSliceMut::new))
             }
             #[cfg(feature = "tls")]
@@ -104,5 +110,29 @@ impl Transport {
     pub fn shut_down(&self) {
         // An error means that it is not connected any more, which is what we want.
         let _ = self.socket().shutdown(Shutdown::Both);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    #[test]
+    fn small_frames_are_read_many_at_a_time_and_large_ones_each_to_its_place() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        far.write_all(&[1; 60 << 10]).unwrap();
+        while near.peek(&mut [0; 60 << 10]).unwrap() < 60 << 10 {}
+        let transport = Transport::Plain(Arc::new(near));
+        let (mut place, mut behind) = (vec![0; READ_MIN], vec![0; 64 << 10]);
+        let mut read = |len: usize| {
+            let place = &mut place[..len];
+            transport.read(place, &mut behind, Wait::Not).unwrap()
+        };
+        assert_eq!(read(READ_MIN), READ_MIN + OVERHEAD);
+        assert_eq!(read(4088), (60 << 10) - READ_MIN - OVERHEAD);
     }
 }
