@@ -6,6 +6,7 @@ use env_logger::fmt::Formatter;
 use log::{LevelFilter, Record};
 use serde::Serialize;
 use std::env::{self, VarError};
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::panic;
 use std::time::SystemTime;
@@ -41,6 +42,16 @@ pub fn start(verbose: u8, format: LogFormat) {
              or a module and its level, as in fibrpc=debug"
         );
     }
+}
+
+/// Whether a command line that clap cannot read asks for JSON: then what is wrong with it is to be
+/// told in JSON, too.
+pub fn is_json_asked_for(arguments: impl Iterator<Item = OsString>) -> bool {
+    let ours: Vec<_> = arguments.take_while(|argument| argument != "--").collect();
+    ours.iter().any(|argument| argument == "--log=json")
+        || ours
+            .windows(2)
+            .any(|pair| pair[0] == "--log" && pair[1] == "json")
 }
 
 fn text(logger: &mut env_logger::Builder) {
