@@ -31,8 +31,12 @@ pub enum Pace {
     /// Requests go out when they are due, whatever comes in.
     Open { per_second: u32 },
     /// The same, to find out whether the server keeps up. If half of the requests are unanswered at
-    /// one time, it does not, and no more are sent.
-    Trial { per_second: u32 },
+    /// one time beyond those that it has at work, it does not, and no more are sent.
+    Trial {
+        per_second: u32,
+        /// How long an answer takes: the requests that wait for so long are no pile.
+        latency: Duration,
+    },
 }
 
 /// In an open loop against a server that does not keep up, calls pile up. Above so many in
@@ -208,7 +212,10 @@ impl<'l> Run<'l> {
                 self.closed(self.share.part(in_flight as u64) as usize);
             }
             Pace::Open { per_second } => self.open(per_second, pile_max),
-            Pace::Trial { per_second } => {
+            Pace::Trial {
+                per_second,
+                latency,
+            } => {
                 let ours = f64::from(per_second) / self.share.of as f64;
                 let (time, requests) = match self.length {
                     Length::Time(time) => (time, time.as_secs_f64() * ours),
@@ -218,8 +225,8 @@ impl<'l> Run<'l> {
                     }
                 };
                 self.trend = Some(Trend::new(self.began, time));
-                let half = (requests / 2.0) as usize;
-                self.open(per_second, half.max(PILE_MIN).min(pile_max));
+                let pile = (requests / 2.0 + latency.as_secs_f64() * ours) as usize;
+                self.open(per_second, pile.max(PILE_MIN).min(pile_max));
             }
         }
         let elapsed = self.began.elapsed();
