@@ -43,6 +43,9 @@ pub enum Pace {
 /// flight, the next is sent late; its latency counts from when it was due all the same.
 const PILE_MAX: usize = 100_000;
 
+/// The same in bytes: each call keeps its body until it is answered.
+const PILE_BYTES_MAX: usize = 512 << 20;
+
 /// So many unanswered requests of a trial are no pile.
 const PILE_MIN: usize = 16;
 
@@ -136,6 +139,11 @@ impl Load<'_> {
     }
 }
 
+/// How many calls with bodies of that length may be in flight in an open loop.
+fn pile_max(body_len: usize) -> usize {
+    PILE_MAX.min(PILE_BYTES_MAX / body_len.max(1))
+}
+
 /// Which part of a load is one connection's: of every `of` requests, the one after the first
 /// `index`.
 #[derive(Clone, Copy)]
@@ -206,7 +214,7 @@ impl<'l> Run<'l> {
     }
 
     fn run(mut self, pace: Pace) -> Measured {
-        let pile_max = PILE_MAX.div_ceil(self.share.of as usize);
+        let pile_max = pile_max(self.payload.body.len()).div_ceil(self.share.of as usize);
         match pace {
             Pace::Closed { in_flight } => {
                 self.closed(self.share.part(in_flight as u64) as usize);
@@ -342,5 +350,19 @@ impl<'l> Run<'l> {
             self.unshown = 0;
         }
         now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::bodies::BODY_MAX;
+
+    #[test]
+    fn a_pile_is_limited_in_calls_and_in_bytes_and_lets_the_longest_through() {
+        assert_eq!(pile_max(0), PILE_MAX);
+        assert_eq!(pile_max(100), PILE_MAX);
+        assert_eq!(pile_max(1 << 20), 512);
+        assert!(pile_max(BODY_MAX as usize) >= 1);
     }
 }
