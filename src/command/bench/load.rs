@@ -9,7 +9,6 @@ use crate::command::bench::payload::Payload;
 use crate::command::bench::progress::Progress;
 use crate::command::bench::tally::{Measured, WRONG};
 use crate::command::bench::trend::Trend;
-use crate::command::exit::class;
 use anyhow::Context;
 use crossbeam_channel::{Sender, unbounded};
 use fibrpc::{Answer, Calls, Client, RequestBuilder};
@@ -338,7 +337,7 @@ impl<'l> Run<'l> {
         match &answer.result {
             Ok(reply) if self.payload.is_right(&reply.body) => tally.answered(wait),
             Ok(_) => tally.failed(WRONG),
-            Err(error) => tally.failed(class(error)),
+            Err(error) => tally.refused(error),
         }
         if let Some(trend) = &mut self.trend {
             trend.record(answer.key, wait);
