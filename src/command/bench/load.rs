@@ -143,6 +143,12 @@ fn pile_max(body_len: usize) -> usize {
     PILE_MAX.min(PILE_BYTES_MAX / body_len.max(1))
 }
 
+/// How many unanswered requests of a trial are a pile.
+fn trial_pile(requests: f64, per_second: f64, latency: Duration) -> usize {
+    let at_work = per_second * latency.as_secs_f64();
+    PILE_MIN.max((requests / 2.0 + at_work) as usize)
+}
+
 /// Which part of a load is one connection's: of every `of` requests, the one after the first
 /// `index`.
 #[derive(Clone, Copy)]
@@ -232,8 +238,8 @@ impl<'l> Run<'l> {
                     }
                 };
                 self.trend = Some(Trend::new(self.began, time));
-                let pile = (requests / 2.0 + latency.as_secs_f64() * ours) as usize;
-                self.open(per_second, pile.max(PILE_MIN).min(pile_max));
+                let pile = trial_pile(requests, ours, latency);
+                self.open(per_second, pile.min(pile_max));
             }
         }
         let elapsed = self.began.elapsed();
@@ -363,5 +369,13 @@ mod tests {
         assert_eq!(pile_max(100), PILE_MAX);
         assert_eq!(pile_max(1 << 20), 512);
         assert!(pile_max(BODY_MAX as usize) >= 1);
+    }
+
+    #[test]
+    fn requests_that_a_server_has_at_work_are_no_pile() {
+        // For 3 s, 31 a second, and 2 s for each of them.
+        let pile = trial_pile(93.0, 31.0, Duration::from_secs(2));
+        assert!(pile > 62, "{pile}");
+        assert_eq!(trial_pile(3.0, 1.0, Duration::ZERO), PILE_MIN);
     }
 }
