@@ -1,7 +1,7 @@
 //! The log: what is written on stderr, as text for people or as JSON for programs.
 
 use crate::command::cli::LogFormat;
-use crate::command::lines::stderr;
+use crate::command::lines::{LAST_LINES, stderr};
 use env_logger::fmt::Formatter;
 use log::{LevelFilter, Record};
 use serde::Serialize;
@@ -80,7 +80,11 @@ fn json(logger: &mut env_logger::Builder) {
     );
     stderr::write_as(event_of);
     // A panic would write lines of its own.
-    panic::set_hook(Box::new(|panic| stderr::offer(&format!("error: {panic}"))));
+    panic::set_hook(Box::new(|panic| {
+        stderr::offer(&format!("error: {panic}"));
+        // One of the main thread ends the process.
+        stderr::flush(LAST_LINES);
+    }));
 }
 
 /// A line of the log.
