@@ -5,9 +5,10 @@ mod command;
 mod fib;
 
 use clap::Parser;
-use command::cli::{Cli, Command, manual};
+use command::cli::{Cli, Command, LogFormat, manual};
 use command::lines::{self, LAST_LINES, stderr};
 use command::{bench, call, exit, log, reply, request, server, status};
+use std::env;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -16,7 +17,12 @@ fn main() -> ExitCode {
             log::start(cli.global.verbose, cli.global.log);
             run(cli).unwrap_or_else(|error| exit::fail(&error))
         }
-        Err(other) => exit::usage(&other),
+        Err(other) => {
+            if log::is_json_asked_for(env::args_os()) {
+                log::start(0, LogFormat::Json);
+            }
+            exit::usage(&other)
+        }
     };
     stderr::flush(LAST_LINES);
     code

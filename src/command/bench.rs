@@ -93,6 +93,9 @@ pub fn bench(args: &BenchArgs, global: &Global) -> anyhow::Result<ExitCode> {
     if load.is_closed() {
         return Ok(ExitCode::from(INTERRUPTED));
     }
+    for (kind, reason) in &outcome.measured.tally.reasons {
+        log::warn!("calls failed ({kind}), the first with: {reason}");
+    }
     let complaints: Vec<_> = checks
         .iter()
         .filter(|check| check.failed)

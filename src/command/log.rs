@@ -1,11 +1,12 @@
 //! The log: what is written on stderr, as text for people or as JSON for programs.
 
 use crate::command::cli::LogFormat;
-use crate::command::lines::stderr;
+use crate::command::lines::{LAST_LINES, stderr};
 use env_logger::fmt::Formatter;
 use log::{LevelFilter, Record};
 use serde::Serialize;
 use std::env::{self, VarError};
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::panic;
 use std::time::SystemTime;
@@ -43,6 +44,16 @@ pub fn start(verbose: u8, format: LogFormat) {
     }
 }
 
+/// Whether a command line that clap cannot read asks for JSON: then what is wrong with it is to be
+/// told in JSON, too.
+pub fn is_json_asked_for(arguments: impl Iterator<Item = OsString>) -> bool {
+    let ours: Vec<_> = arguments.take_while(|argument| argument != "--").collect();
+    ours.iter().any(|argument| argument == "--log=json")
+        || ours
+            .windows(2)
+            .any(|pair| pair[0] == "--log" && pair[1] == "json")
+}
+
 fn text(logger: &mut env_logger::Builder) {
     // journald adds the time itself.
     let with_time = env::var_os("JOURNAL_STREAM").is_none();
@@ -69,7 +80,11 @@ fn json(logger: &mut env_logger::Builder) {
     );
     stderr::write_as(event_of);
     // A panic would write lines of its own.
-    panic::set_hook(Box::new(|panic| stderr::offer(&format!("error: {panic}"))));
+    panic::set_hook(Box::new(|panic| {
+        stderr::offer(&format!("error: {panic}"));
+        // One of the main thread ends the process.
+        stderr::flush(LAST_LINES);
+    }));
 }
 
 /// A line of the log.

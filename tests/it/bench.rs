@@ -140,6 +140,9 @@ fn failures_are_counted_by_kind_and_the_commonest_is_the_exit_code() {
         "json",
     ]));
     assert_eq!(bench.code(), Some(5));
+    // And it is told why, once.
+    let told = "calls failed (no-server), the first with: no server: the queue";
+    assert_eq!(bench.stderr.matches(told).count(), 1, "{}", bench.stderr);
 }
 
 #[test]

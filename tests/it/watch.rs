@@ -370,6 +370,9 @@ fn an_error_that_ends_a_command_is_an_event_of_a_json_log() {
         ),
         (&url(), &["call", "-1"], 3, "fib(-1): the server answered"),
         (&url(), &["status", "--url", "amqp://h:0"], 2, "--url: "),
+        // What clap refuses.
+        (&url(), &["status", "--waitt"], 2, "--waitt"),
+        (&url(), &["bench", "--fail-if", "p98>1s"], 2, "no metric"),
     ] {
         let ended = run(fibrpc(url, &queue).args(arguments).args(["--log", "json"]));
         assert_eq!(ended.code(), Some(code), "{}", ended.stderr);

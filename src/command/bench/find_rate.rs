@@ -8,7 +8,7 @@ use std::time::Duration;
 /// What is to be found.
 pub struct Goal {
     pub condition: Condition,
-    /// How long each trial takes.
+    /// How long each trial takes, unless answers take too long for that.
     pub trial: Duration,
     /// Of the closed loop that the search begins with.
     pub in_flight: usize,
@@ -41,6 +41,10 @@ pub struct Found {
     pub too_high: Option<u32>,
 }
 
+/// How many times as long as an answer takes a trial is, at least: until the first one comes, any
+/// server seems to keep up.
+const ANSWERS_MIN: u32 = 4;
+
 /// Finds the highest rate that keeps the goal, or as much as there is when the clients are closed;
 /// and what was measured at it, or without one at the last.
 ///
@@ -60,12 +64,18 @@ pub fn find_rate(
     let closed = Pace::Closed { in_flight };
     let mut measured = load.run(Length::Time(goal.trial), closed, None)?;
     let mut search = Search::new(measured.rate());
+    let duration = |ms: Option<f64>| Duration::from_secs_f64(ms.unwrap_or_default() / 1e3);
+    let latency = duration(measured.tally.mean());
+    let length = goal.trial.max(ANSWERS_MIN * duration(measured.tally.min()));
     let answers = measured.tally.ok > 0;
     while answers && let Some(rate) = search.next() {
         let (mut kept, mut not_kept) = (Vec::new(), Vec::new());
         while kept.len() < 2 && not_kept.len() < 2 {
-            let pace = Pace::Trial { per_second: rate };
-            let trial = load.run(Length::Time(goal.trial), pace, None)?;
+            let pace = Pace::Trial {
+                per_second: rate,
+                latency,
+            };
+            let trial = load.run(Length::Time(length), pace, None)?;
             if load.is_closed() {
                 return Ok((measured, search.found));
             }

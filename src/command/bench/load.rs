@@ -9,7 +9,6 @@ use crate::command::bench::payload::Payload;
 use crate::command::bench::progress::Progress;
 use crate::command::bench::tally::{Measured, WRONG};
 use crate::command::bench::trend::Trend;
-use crate::command::exit::class;
 use anyhow::Context;
 use crossbeam_channel::{Sender, unbounded};
 use fibrpc::{Answer, Calls, Client, RequestBuilder};
@@ -31,13 +30,20 @@ pub enum Pace {
     /// Requests go out when they are due, whatever comes in.
     Open { per_second: u32 },
     /// The same, to find out whether the server keeps up. If half of the requests are unanswered at
-    /// one time, it does not, and no more are sent.
-    Trial { per_second: u32 },
+    /// one time beyond those that it has at work, it does not, and no more are sent.
+    Trial {
+        per_second: u32,
+        /// How long an answer takes: the requests that wait for so long are no pile.
+        latency: Duration,
+    },
 }
 
 /// In an open loop against a server that does not keep up, calls pile up. Above so many in
 /// flight, the next is sent late; its latency counts from when it was due all the same.
 const PILE_MAX: usize = 100_000;
+
+/// The same in bytes: each call keeps its body until it is answered.
+const PILE_BYTES_MAX: usize = 512 << 20;
 
 /// So many unanswered requests of a trial are no pile.
 const PILE_MIN: usize = 16;
@@ -132,6 +138,17 @@ impl Load<'_> {
     }
 }
 
+/// How many calls with bodies of that length may be in flight in an open loop.
+fn pile_max(body_len: usize) -> usize {
+    PILE_MAX.min(PILE_BYTES_MAX / body_len.max(1))
+}
+
+/// How many unanswered requests of a trial are a pile.
+fn trial_pile(requests: f64, per_second: f64, latency: Duration) -> usize {
+    let at_work = per_second * latency.as_secs_f64();
+    PILE_MIN.max((requests / 2.0 + at_work) as usize)
+}
+
 /// Which part of a load is one connection's: of every `of` requests, the one after the first
 /// `index`.
 #[derive(Clone, Copy)]
@@ -202,13 +219,16 @@ impl<'l> Run<'l> {
     }
 
     fn run(mut self, pace: Pace) -> Measured {
-        let pile_max = PILE_MAX.div_ceil(self.share.of as usize);
+        let pile_max = pile_max(self.payload.body.len()).div_ceil(self.share.of as usize);
         match pace {
             Pace::Closed { in_flight } => {
                 self.closed(self.share.part(in_flight as u64) as usize);
             }
             Pace::Open { per_second } => self.open(per_second, pile_max),
-            Pace::Trial { per_second } => {
+            Pace::Trial {
+                per_second,
+                latency,
+            } => {
                 let ours = f64::from(per_second) / self.share.of as f64;
                 let (time, requests) = match self.length {
                     Length::Time(time) => (time, time.as_secs_f64() * ours),
@@ -218,8 +238,8 @@ impl<'l> Run<'l> {
                     }
                 };
                 self.trend = Some(Trend::new(self.began, time));
-                let half = (requests / 2.0) as usize;
-                self.open(per_second, half.max(PILE_MIN).min(pile_max));
+                let pile = trial_pile(requests, ours, latency);
+                self.open(per_second, pile.min(pile_max));
             }
         }
         let elapsed = self.began.elapsed();
@@ -323,7 +343,7 @@ impl<'l> Run<'l> {
         match &answer.result {
             Ok(reply) if self.payload.is_right(&reply.body) => tally.answered(wait),
             Ok(_) => tally.failed(WRONG),
-            Err(error) => tally.failed(class(error)),
+            Err(error) => tally.refused(error),
         }
         if let Some(trend) = &mut self.trend {
             trend.record(answer.key, wait);
@@ -335,5 +355,27 @@ impl<'l> Run<'l> {
             self.unshown = 0;
         }
         now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::bodies::BODY_MAX;
+
+    #[test]
+    fn a_pile_is_limited_in_calls_and_in_bytes_and_lets_the_longest_through() {
+        assert_eq!(pile_max(0), PILE_MAX);
+        assert_eq!(pile_max(100), PILE_MAX);
+        assert_eq!(pile_max(1 << 20), 512);
+        assert!(pile_max(BODY_MAX as usize) >= 1);
+    }
+
+    #[test]
+    fn requests_that_a_server_has_at_work_are_no_pile() {
+        // For 3 s, 31 a second, and 2 s for each of them.
+        let pile = trial_pile(93.0, 31.0, Duration::from_secs(2));
+        assert!(pile > 62, "{pile}");
+        assert_eq!(trial_pile(3.0, 1.0, Duration::ZERO), PILE_MIN);
     }
 }

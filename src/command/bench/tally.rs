@@ -1,6 +1,8 @@
 //! What is counted: answers, failures by kind, latencies.
 
 use crate::command::bench::trend::Trend;
+use crate::command::exit::class;
+use fibrpc::Error;
 use hdrhistogram::Histogram;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,6 +21,8 @@ pub struct Tally {
     pub ok: u64,
     /// Failures by kind, and the exit code of each.
     pub failures: BTreeMap<(&'static str, u8), u64>,
+    /// What was said of the first of each kind.
+    pub reasons: BTreeMap<&'static str, String>,
     /// The latencies of the requests that were answered right, in nanoseconds. It grows with them,
     /// so that many connections do not take much memory.
     pub latencies: Histogram<u64>,
@@ -30,6 +34,7 @@ impl Tally {
             requests: 0,
             ok: 0,
             failures: BTreeMap::new(),
+            reasons: BTreeMap::new(),
             latencies: Histogram::new(PRECISION).expect("a precision that is constant"),
         }
     }
@@ -48,11 +53,23 @@ impl Tally {
         *self.failures.entry(failure).or_default() += 1;
     }
 
+    /// Counts a call that failed, and keeps why.
+    pub fn refused(&mut self, error: &Error) {
+        let failure = class(error);
+        self.failed(failure);
+        self.reasons
+            .entry(failure.0)
+            .or_insert_with(|| error.to_string());
+    }
+
     pub fn add(&mut self, other: &Tally) {
         self.requests += other.requests;
         self.ok += other.ok;
         for (&failure, count) in &other.failures {
             *self.failures.entry(failure).or_default() += count;
+        }
+        for (kind, reason) in &other.reasons {
+            self.reasons.entry(kind).or_insert_with(|| reason.clone());
         }
         self.latencies
             .add(&other.latencies)

@@ -144,7 +144,7 @@ pub struct BenchArgs {
     fail_if: Vec<Condition>,
 
     /// Find the highest rate that keeps this, such as p99<20ms, within 2%. Each rate is tried twice
-    /// for --duration [default here: 3s], a third time if the two disagree; usually 5 to 10 rates,
+    /// for --duration [default here: 3s] or four times as long as an answer takes, a third time if the two disagree; usually 5 to 10 rates,
     /// never more than 20. A rate that the server falls behind is not kept, nor is one at which
     /// calls fail. The next trial waits for the answers to the last, at most for --timeout
     #[arg(
