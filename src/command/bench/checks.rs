@@ -141,7 +141,7 @@ impl Metric {
             Metric::P99 => tally.quantile(0.99),
             Metric::P99_9 => tally.quantile(0.999),
             Metric::Max => tally.max(),
-            Metric::Rate => Some(measured.rate()),
+            Metric::Rate => Some(measured.right_rate()),
             Metric::Errors => Some(tally.errors() as f64),
         }
     }
@@ -247,7 +247,7 @@ mod tests {
             assert!(check.failed && check.complaint().contains("nothing was answered right"));
         }
         let rate = Condition::parse("rate<1").unwrap();
-        assert_eq!(rate.holds(&none), Some(false));
+        assert_eq!(rate.holds(&none), Some(true));
     }
 
     #[test]

@@ -122,9 +122,14 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// Answers a second.
+    /// Answers and failures a second.
     pub fn rate(&self) -> f64 {
         self.tally.requests as f64 / self.elapsed.as_secs_f64()
+    }
+
+    /// Right answers a second. Failures can be many in no time.
+    pub fn right_rate(&self) -> f64 {
+        self.tally.ok as f64 / self.elapsed.as_secs_f64()
     }
 
     /// Adds what another connection measured at the same time.

@@ -139,7 +139,7 @@ pub struct BenchArgs {
     every: Option<Duration>,
 
     /// End with exit code 9 if this holds in the end, such as p99>20ms, rate<1000 or errors>0.
-    /// Metrics: min mean p50 p90 p99 p99.9 max rate errors; operators: < > <= >=. Can be repeated
+    /// Metrics: min mean p50 p90 p99 p99.9 max, rate (right answers a second), errors; operators: < > <= >=. Can be repeated
     #[arg(long, value_name = "CHECK", value_parser = Condition::parse)]
     fail_if: Vec<Condition>,
 
