@@ -37,6 +37,10 @@ const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// How long the end of all commands may take: that they are killed, and some time to notice.
 const ALL_ENDED_TIME: Duration = KILL_AFTER.saturating_mul(3);
 
+/// How long after its caller's time is up a request is answered with that, at the earliest. A caller
+/// that waits no longer has said so itself by then: its exit code is 4, and not 3 now and then.
+const CALLER_FIRST: Duration = Duration::from_millis(100);
+
 /// A command, to be run for any number of requests at the same time.
 pub struct Program {
     /// As it was typed.
@@ -97,7 +101,11 @@ impl Program {
                 "" => fate(status),
                 words => words.to_owned(),
             },
-            End::TimeUp => "the command was killed: its caller's time was up".to_owned(),
+            End::TimeUp => {
+                let late = deadline.map_or(Duration::ZERO, |deadline| deadline.elapsed());
+                thread::sleep(CALLER_FIRST.saturating_sub(late));
+                "the command was killed: its caller's time was up".to_owned()
+            }
             End::Stopping => {
                 drop(counted);
                 wait_for_exit();
