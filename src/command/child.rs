@@ -19,6 +19,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// What the variables begin with that hold a request's headers.
@@ -35,6 +36,10 @@ const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 
 /// How long the end of all commands may take: that they are killed, and some time to notice.
 const ALL_ENDED_TIME: Duration = KILL_AFTER.saturating_mul(3);
+
+/// How long after its caller's time is up a request is answered with that, at the earliest. A caller
+/// that waits no longer has said so itself by then: its exit code is 4, and not 3 now and then.
+const CALLER_FIRST: Duration = Duration::from_millis(100);
 
 /// A command, to be run for any number of requests at the same time.
 pub struct Program {
@@ -72,14 +77,15 @@ impl Program {
         })
     }
 
-    /// Runs it for a request, to its end; that is soon after the caller's time is up.
+    /// Runs it for a request, to its end; that is soon after the caller's time is up. Does not return
+    /// once all are to end ([`Program::end_all`]).
     ///
     /// # Errors
     ///
     /// What the caller is told: it could not be started, or ended otherwise than with success.
     pub fn run(&self, request: &Request) -> Result<Vec<u8>, RemoteError> {
-        let Some(_counted) = self.running.enter() else {
-            return Err(RemoteError::internal("the server is stopping"));
+        let Some(counted) = self.running.enter() else {
+            wait_for_exit();
         };
         let deadline = request
             .time_left()
@@ -95,8 +101,15 @@ impl Program {
                 "" => fate(status),
                 words => words.to_owned(),
             },
-            End::TimeUp => "the command was killed: its caller's time was up".to_owned(),
-            End::Stopping => "the command was killed: the server has stopped".to_owned(),
+            End::TimeUp => {
+                let late = deadline.map_or(Duration::ZERO, |deadline| deadline.elapsed());
+                thread::sleep(CALLER_FIRST.saturating_sub(late));
+                "the command was killed: its caller's time was up".to_owned()
+            }
+            End::Stopping => {
+                drop(counted);
+                wait_for_exit();
+            }
             End::TooMuch => format!(
                 "the command was killed: its output is longer than a message can be, {} bytes",
                 fibrpc::Response::BODY_MAX
@@ -125,6 +138,14 @@ impl Program {
             .stderr(Stdio::piped())
             .process_group(0);
         command
+    }
+}
+
+/// Keeps a worker from answering while the process exits: its request is then not acknowledged, and
+/// the broker gives it to another server. After a second signal, the connection is still there.
+fn wait_for_exit() -> ! {
+    loop {
+        thread::park();
     }
 }
 

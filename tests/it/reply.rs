@@ -588,6 +588,27 @@ fn a_second_signal_leaves_no_command_behind() {
 }
 
 #[test]
+fn after_a_second_signal_another_server_gets_the_requests() {
+    // The end of one command takes a second, in which the other's worker could still answer.
+    let line = "read what; [ $what = quick ] || trap '' TERM; sleep 100; sleep 100";
+    let server = Reply::start("given-back", &["--workers", "2"], &["sh", "-c", line]);
+    let peer = Peer::connect(&url());
+    for body in ["quick", "slow"] {
+        let properties = AmqpProperties::default().with_reply_to("nowhere".to_owned());
+        peer.publish(&server.queue, format!("{body}\n").as_bytes(), properties);
+    }
+    eventually("two shells sleep", || server.others().len() == 4);
+    server.process.signal("INT");
+    thread::sleep(Duration::from_millis(300));
+    server.process.signal("INT");
+    let Reply { mut process, queue } = server;
+    assert_eq!(process.wait(PATIENCE).code(), Some(130));
+    for _ in 0..2 {
+        assert!(peer.receive(&queue).redelivered);
+    }
+}
+
+#[test]
 fn a_connection_that_is_lost_while_draining_leaves_no_command_behind() {
     let broker = PrivateBroker::start();
     let (_folder, script) = script("#!/bin/sh\nsleep 100\n");

@@ -195,13 +195,18 @@ impl<'a> Group<'a> {
         let _ = kill_process_group(self.pid, signal);
     }
 
-    /// Whether nothing of the group is there any more, at a certain time at the latest. The command
-    /// has been waited for.
+    /// Whether nothing of the group runs any more, at a certain time at the latest. The command has
+    /// been waited for.
     fn is_gone_by(&self, deadline: Instant) -> bool {
         loop {
             // Orphans are ours if we are the first process, as in a container.
             while let Ok(Some(_)) = waitpgid(self.pid, WaitOptions::NOHANG) {}
             if test_kill_process_group(self.pid).is_err() {
+                return true;
+            }
+            if has_ended(self.pid) {
+                // And if one was started while we looked.
+                self.send(Signal::KILL);
                 return true;
             }
             if Instant::now() >= deadline {
@@ -348,6 +353,36 @@ fn pidfd(_: Pid) -> Option<OwnedFd> {
     None
 }
 
+/// Whether all of a group that is still there have ended, and only nobody has waited for them yet.
+/// That is up to the first process, which in a container may take its time, or never do it.
+#[cfg(target_os = "linux")]
+fn has_ended(group: Pid) -> bool {
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return false;
+    };
+    let group = group.as_raw_nonzero().to_string();
+    let mut is_there = false;
+    for process in processes.flatten() {
+        let stat = std::fs::read(process.path().join("stat")).unwrap_or_default();
+        let stat = String::from_utf8_lossy(&stat);
+        // "1 (a name) Z 2 3 ...": state, parent, group. The name may hold anything.
+        let mut fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+        let state = fields.next();
+        if fields.nth(1) == Some(&*group) {
+            if !matches!(state, Some("Z" | "X")) {
+                return false;
+            }
+            is_there = true;
+        }
+    }
+    is_there
+}
+
+#[cfg(not(target_os = "linux"))]
+fn has_ended(_: Pid) -> bool {
+    false
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -359,6 +394,19 @@ mod tests {
         let command = command.args(["-c", line]).process_group(0);
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         Group::start(command.stderr(Stdio::piped()), body).unwrap()
+    }
+
+    /// The first process may take seconds to do so, as on some virtual machines, or never do it.
+    #[test]
+    fn what_is_left_behind_ends_without_the_first_process_waiting_for_it() {
+        let (stop, _until) = io::pipe().unwrap();
+        for _ in 0..3 {
+            let started = Instant::now();
+            let ended = start("sleep 1000 & echo hi", b"").run(None, &stop);
+            assert_eq!(ended.output, b"hi\n");
+            assert!(matches!(ended.end, End::Exited(status) if status.success()));
+            assert!(started.elapsed() < KILL_AFTER, "{:?}", started.elapsed());
+        }
     }
 
     #[test]
