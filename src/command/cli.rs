@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Synchronous RPC over RabbitMQ: the tutorial's Fibonacci server and its client
+/// Synchronous RPC over RabbitMQ: any function, any payload, and the tutorial's Fibonacci server
 #[derive(Debug, Parser)]
 #[command(version = VERSION, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
@@ -65,6 +65,12 @@ Exit codes:
   0 served, and with --call answered   5 nobody serves the queue   6 no broker, or refused
   with --call, what the call failed with:   3 answered with an error   4 no answer in time
   130 interrupted";
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  fibrpc completions bash >~/.local/share/bash-completion/completions/fibrpc
+  fibrpc completions zsh >\"${fpath[1]}/_fibrpc\"
+  fibrpc completions fish >~/.config/fish/completions/fibrpc.fish";
 
 #[derive(Debug, Args)]
 pub struct Global {
@@ -129,7 +135,7 @@ pub enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Answer requests until interrupted
+    /// Answer requests for Fibonacci numbers until interrupted
     Server(ServerArgs),
     /// Answer requests with a command of yours, or with themselves, until interrupted
     Reply(ReplyArgs),
@@ -143,6 +149,7 @@ pub enum Command {
     #[command(after_help = STATUS_EXAMPLES)]
     Status(StatusArgs),
     /// Print a script that completes command lines, for a shell to read
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions {
         /// Whose
         shell: Shell,

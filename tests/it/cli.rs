@@ -911,6 +911,8 @@ fn completions_and_the_manual_pages_know_every_command() {
         let page = page(&format!("fibrpc-{command}.1"));
         assert!(page.contains(&format!(".TH fibrpc-{command} 1")), "{page}");
         assert!(page.contains("url\\-file"), "no global options: {page}");
+        let help = run(fibrpc("", "q").args([command, "--help"])).stdout;
+        assert!(help.contains("Examples:\n  fibrpc "), "{help}");
     }
     let overview = page("fibrpc.1");
     assert!(overview.contains(".TH fibrpc 1"), "{overview}");

@@ -12,7 +12,20 @@ use std::num::NonZeroUsize;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::time::Duration;
 
+const CALL_EXAMPLES: &str = "\
+Examples:
+  fibrpc call 30                          one number
+  fibrpc call --output raw 1 2 3          several, in flight together; the results alone
+  seq 1000 | fibrpc call -                as many as there are lines
+  fibrpc call --timeout 2s 40             give up after two seconds
+  fibrpc call --wait-for-server 30        the server may come later
+  fibrpc call --url amqp://app:secret@a.example,amqp://app:secret@b.example 30
+
+Results come in the order of the arguments. A call that fails is told on stderr, the others still
+run, and the exit code is that of the first failure.";
+
 #[derive(Debug, Args)]
+#[command(after_help = CALL_EXAMPLES)]
 pub struct CallArgs {
     /// The numbers to ask for; or `-` to read them from stdin, one a line
     #[arg(value_name = "N", required = true, allow_negative_numbers = true, value_parser = number)]

@@ -56,6 +56,7 @@ pub struct ServingArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = SERVER_EXAMPLES)]
 pub struct ServerArgs {
     #[command(flatten)]
     serving: ServingArgs,
@@ -94,6 +95,16 @@ pub struct ReplyArgs {
     )]
     command: Vec<OsString>,
 }
+
+const SERVER_EXAMPLES: &str = "\
+Examples:
+  fibrpc server --workers 4                        answer requests, four at a time
+  fibrpc server --queue fib --queue-type quorum    a queue of another name, replicated
+  fibrpc server --algorithm fast --max-n 186       results instead of slow work
+  fibrpc server --metrics 127.0.0.1:9464 --quiet   for Prometheus, without a line per request
+
+SIGINT or SIGTERM: what has begun is finished and answered, the rest given back to the broker; exit
+code 0. A second signal ends it at once: 130.";
 
 const REPLY_USAGE: &str = "\
 fibrpc reply [OPTIONS] --echo
