@@ -609,6 +609,61 @@ fn after_a_second_signal_another_server_gets_the_requests() {
 }
 
 #[test]
+fn a_terminal_that_is_gone_drains_and_leaves_no_command_behind() {
+    let options = ["--workers", "1", "--drain-timeout", "1s"];
+    let sleeping = |nohup: &str| {
+        let queue = unique("hangup");
+        let mut fibrpc = Command::new("sh");
+        // `trap ''` is what nohup does.
+        fibrpc
+            .args(["-c", &format!("{nohup} exec \"$0\" \"$@\"")])
+            .arg(env!("CARGO_BIN_EXE_fibrpc"))
+            .args(["--url", &url(), "--queue", &queue, "reply"])
+            .args(options)
+            .args(["--", "sh", "-c", "cat; sleep 0.5; [ -s /dev/null ]"])
+            .stdin(Stdio::null());
+        Reply::spawn(queue, &mut fibrpc)
+    };
+    let server = sleeping("");
+    let caller = server.client();
+    let call = thread::spawn(move || caller.call("").map(drop));
+    server.wait_until_busy();
+    server.process.signal("HUP");
+    let Reply { mut process, queue } = server;
+    assert_eq!(process.wait(PATIENCE).code(), Some(0));
+    assert!(message(call.join().unwrap()).contains("exit"));
+    assert_eq!(processes(|pid, _| is_marked(pid, &queue)), []);
+
+    let server = sleeping("trap '' HUP;");
+    server.process.signal("HUP");
+    assert!(message(server.client().call("")).contains("exit"));
+}
+
+#[test]
+fn too_few_files_for_so_many_workers_are_told() {
+    let queue = unique("files");
+    let mut fibrpc = Command::new("sh");
+    fibrpc
+        .args(["-c", "ulimit -n 40; exec \"$0\" \"$@\""])
+        .arg(env!("CARGO_BIN_EXE_fibrpc"))
+        .args([
+            "--url",
+            &url(),
+            "--queue",
+            &queue,
+            "reply",
+            "--workers",
+            "8",
+        ])
+        .args(["--", "cat"])
+        .stdin(Stdio::null());
+    let server = Reply::spawn(queue, &mut fibrpc);
+    server
+        .process
+        .wait_for_stderr("may need 76 open files, and 40 are allowed");
+}
+
+#[test]
 fn a_connection_that_is_lost_while_draining_leaves_no_command_behind() {
     let broker = PrivateBroker::start();
     let (_folder, script) = script("#!/bin/sh\nsleep 100\n");
