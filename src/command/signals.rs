@@ -14,8 +14,9 @@ pub const GOODBYE_TIME: Duration = Duration::from_secs(2);
 /// How long the last words may take of a process that is to exit at once.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
-/// Does something on the first SIGINT, SIGTERM or SIGHUP; exits at once on the second, and, if there is a
-/// limit, when the process has not ended by then: it may be waiting for who reads its output.
+/// Does something on the first signal; exits at once on the second, and, if there is a limit, when
+/// the process has not ended by then: it may be waiting for who reads its output. SIGHUP is no
+/// second one, since a terminal that goes may send several.
 pub fn on_first_signal(
     limit: Option<Duration>,
     action: impl FnOnce() + Send + 'static,
@@ -42,7 +43,7 @@ pub fn on_signals(
         if let Some(limit) = limit {
             exit_after(limit);
         }
-        arriving.next();
+        arriving.find(|signal| *signal != SIGHUP);
         before_exit();
         exit();
     };
