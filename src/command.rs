@@ -13,6 +13,7 @@ pub mod status;
 mod bodies; // what `request` sends
 mod child; // a command that is run for each request
 pub mod exit; // exit codes, and how a failure is told
+mod json; // what the JSON of several commands has in common
 pub mod lines; // lines on stdout and stderr
 pub mod log; // what goes to stderr, as text or JSON
 mod metrics; // what a server counts, for Prometheus

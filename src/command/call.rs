@@ -2,8 +2,9 @@
 
 use crate::command::cli::Global;
 use crate::command::cli::calling::{CallArgs, CallOutput, Numbers};
+use crate::command::json::{JsonError, milliseconds};
 use crate::command::numbers;
-use crate::command::pipeline::{self, Format, JsonError, Output, Question, latency_ms};
+use crate::command::pipeline::{self, Format, Output, Question};
 use crate::command::questions::Source;
 use fibrpc::{Answer, Error, RemoteError};
 use serde::Serialize;
@@ -48,7 +49,7 @@ impl Format for CallOutput {
                 n: Some(*n),
                 result: result.as_deref().ok(),
                 error: result.as_ref().err().map(JsonError::from),
-                latency_ms: latency_ms(answer.latency),
+                latency_ms: milliseconds(answer.latency),
             })?,
             (Ok(number), CallOutput::Text) => out.line(&format!(" [.] Got {number}"))?,
             (Ok(number), CallOutput::Raw) => out.line(number)?,

@@ -4,7 +4,8 @@
 use crate::command::bodies::{self, Body};
 use crate::command::cli::Global;
 use crate::command::cli::calling::{RequestArgs, RequestOutput};
-use crate::command::pipeline::{self, Format, JsonError, Output, latency_ms};
+use crate::command::json::{JsonError, milliseconds};
+use crate::command::pipeline::{self, Format, Output};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use fibrpc::{Answer, Error, Headers, Reply};
 use serde::Serialize;
@@ -82,7 +83,7 @@ struct JsonLine<'a> {
 
 impl JsonLine<'_> {
     fn new(result: &Result<Reply, Error>, latency: Duration) -> JsonLine<'_> {
-        let latency_ms = latency_ms(latency);
+        let latency_ms = milliseconds(latency);
         match result {
             Ok(reply) => {
                 let body = str::from_utf8(&reply.body).ok();

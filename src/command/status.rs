@@ -2,6 +2,7 @@
 
 use crate::command::cli::{Global, ReportKind, StatusArgs};
 use crate::command::exit::{NO_SERVER, class};
+use crate::command::json::{JsonError, milliseconds};
 use crate::command::lines;
 use crate::command::signals::exit_on_signal;
 use fibrpc::{Client, Endpoints, Error, Reply, Status};
@@ -223,17 +224,10 @@ impl Call {
         JsonCall {
             body: reply.and_then(|reply| str::from_utf8(&reply.body).ok()),
             bytes: reply.map(|reply| reply.body.len()),
-            error: error.map(|error| JsonError {
-                kind: class(error).0,
-                message: error.to_string(),
-            }),
+            error: error.map(JsonError::from),
             latency_ms: milliseconds(self.took),
         }
     }
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_micros() as f64 / 1000.0
 }
 
 #[derive(Serialize)]
@@ -259,10 +253,4 @@ struct JsonCall<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<JsonError>,
     latency_ms: f64,
-}
-
-#[derive(Serialize)]
-struct JsonError {
-    kind: &'static str,
-    message: String,
 }
