@@ -220,6 +220,8 @@ pub(crate) struct State {
     pub broken: u64,
     /// The broker's reason, while it blocks publishers: nothing is published meanwhile.
     pub blocked: Option<String>,
+    /// The open calls. One that is removed is dropped once the state is unlocked, because to free a
+    /// large body takes its time.
     pub pending: HashMap<CorrelationId, Pending>,
     /// Whether the broker has not taken something on the channel that requests are published on.
     pub refused: bool,
@@ -330,9 +332,9 @@ impl Shared {
     /// Forgets calls that nobody waits for any more.
     pub fn forget<'i>(&self, ids: impl Iterator<Item = &'i CorrelationId>) {
         let mut state = self.lock();
-        for id in ids {
-            state.pending.remove(id);
-        }
+        let forgotten: Vec<_> = ids.filter_map(|id| state.pending.remove(id)).collect();
+        drop(state);
+        drop(forgotten);
     }
 
     /// Deals with what has come in on a link. If it ends a call, its caller is told, or, if that
@@ -405,8 +407,8 @@ impl Shared {
     /// Deals with what the broker says of requests that were published: it has taken them, or not.
     fn accept_confirm(&self, link: &Link, confirm: Confirm) {
         for (place, id) in link.confirmed(confirm) {
-            let mut state = self.lock();
-            let state = &mut *state;
+            let mut locked = self.lock();
+            let state = &mut *locked;
             let Some(pending) = state.pending.get_mut(&id) else {
                 continue; // answered already
             };
@@ -445,6 +447,7 @@ impl Shared {
                 self.stats.republished.fetch_add(1, Ordering::Relaxed);
                 self.wake_manager();
             } else if let Some(pending) = state.pending.remove(&id) {
+                drop(locked);
                 let settled = Settled::now(id, Err(Error::refused(&queue)));
                 let _ = pending.events.send(Event::Settled(settled));
             }
@@ -482,8 +485,11 @@ impl Shared {
         after: Duration,
         strangers: u64,
     ) -> Error {
-        let mut state = self.lock();
-        let pending = state.pending.remove(&id);
+        // In this order the lock is dropped first.
+        let (pending, state) = {
+            let mut state = self.lock();
+            (state.pending.remove(&id), state)
+        };
         if pending.as_ref().is_some_and(Pending::was_refused) {
             return Error::refused(queue);
         }
@@ -530,12 +536,14 @@ impl Shared {
 
     /// Ends the pending calls for which `error` has one.
     pub fn fail_pending(&self, error: impl Fn(&Pending) -> Option<Error>) {
+        let mut requests = Vec::new();
         self.lock().pending.retain(|&id, pending| {
             let Some(error) = error(pending) else {
                 return true;
             };
             let settled = Settled::now(id, Err(error));
             let _ = pending.events.send(Event::Settled(settled));
+            requests.push(Arc::clone(&pending.outgoing));
             false
         });
     }

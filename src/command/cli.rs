@@ -73,6 +73,7 @@ Examples:
   fibrpc completions fish >~/.config/fish/completions/fibrpc.fish";
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub struct Global {
     /// The broker, as amqp://user:password@host:port/vhost; several, separated by commas, are
     /// tried in turn [default: guest at localhost:5672, virtual host /]

@@ -33,11 +33,11 @@ pub struct ServingArgs {
     )]
     prefetch: NonZeroU16,
 
-    /// Which queue to declare if there is none
+    /// Which queue to declare if there is none; one that exists is used as it is, unless it is a stream
     #[arg(long, value_enum, default_value_t = QueueKind::Transient)]
     queue_type: QueueKind,
 
-    /// How long to try for the first connection
+    /// How long to try for the first connection; once lost, it tries for ever
     #[arg(long, value_name = "DUR", default_value = "10s", value_parser = duration)]
     connect_timeout: Duration,
 
