@@ -1,10 +1,11 @@
 """How fibrpc's rate follows calls in flight, threads, connections, workers, prefetch, queue type and real work; what spinning gains
-and costs; a million calls; one call; and the recursion beside C's. Prints tables, and draws docs/scaling.svg.
+and costs; memory over a million calls; one call; and the recursion beside C's. Prints tables, and draws docs/scaling.svg.
 
     make scaling [ROUNDS=5]
     scripts/broker with-broker target/peers/bin/python bench/scaling.py [TABLE]...
 
-The tables are: in-flight (which draws), threads, connections, spin, workers, prefetch, queue-type, million, one-call, fibonacci.
+The tables are: in-flight (which draws), threads, connections, spin, workers, prefetch, queue-type, memory, one-call, fibonacci.
+CALLS=10000000 is how many calls `memory` makes, a million otherwise.
 """
 
 import json
@@ -41,6 +42,7 @@ from harness import (
 )
 
 ROUNDS = int(os.environ.get("ROUNDS", 5))
+CALLS = int(os.environ.get("CALLS", 1_000_000))
 IN_FLIGHT = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1000, 3000, 10_000]
 THREADS = [1, 4, 16, 64, 256, 1000]
 # What a server does, the milliseconds it waits before it answers, how many requests take one to three seconds, and
@@ -192,13 +194,13 @@ def resident_kib(pid, field):
     raise SystemExit(f"no {field} of {pid}")
 
 
-def million():
-    say("a million calls ...")
-    queue = queue_name("million")
+def memory_table():
+    say(f"{thousands(CALLS)} calls ...")
+    queue = queue_name("memory")
     with fibrpc_server(queue, 4) as server:
         fibrpc_bench(queue, 10_000, 256)
         before = resident_kib(server.process.pid, "VmRSS")
-        words = [FIBRPC, "bench", "--url", URL, "--queue", queue, "--requests", 1_000_000, "--concurrency", 256]
+        words = [FIBRPC, "bench", "--url", URL, "--queue", queue, "--requests", CALLS, "--concurrency", 256]
         client = subprocess.Popen(list(map(str, words + ["--output", "json"])), stdout=subprocess.PIPE, text=True)
         memory = []
         while client.poll() is None:
@@ -212,7 +214,7 @@ def million():
         after = resident_kib(server.process.pid, "VmRSS")
     quarter = memory[len(memory) // 4]
     return table(
-        ["one million calls", "early on, KiB", "at the end, KiB"],
+        [f"{thousands(CALLS)} calls", "early on, KiB", "at the end, KiB"],
         [["server", thousands(before), thousands(after)], ["client", thousands(quarter), thousands(memory[-1])]],
     )
 
@@ -276,7 +278,7 @@ TABLES = {
     "workers": workers_table,
     "prefetch": prefetch_table,
     "queue-type": queue_type_table,
-    "million": million,
+    "memory": memory_table,
     "one-call": one_shot_table,
     "fibonacci": fibonacci_table,
 }
