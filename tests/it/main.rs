@@ -20,4 +20,5 @@ mod slow;
 mod support;
 #[cfg(feature = "tls")]
 mod tls;
+mod tutorial;
 mod watch;
