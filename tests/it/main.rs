@@ -13,6 +13,7 @@ mod fib;
 mod hostile;
 mod interop;
 mod limits;
+mod pages;
 mod reply;
 mod request;
 mod rpc;
