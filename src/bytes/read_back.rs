@@ -15,11 +15,10 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::{Seek, Write as _};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::thread;
 
 /// How many steps are generated.
 const STEPS: usize = 360;
@@ -371,20 +370,18 @@ fn fields(fields: &FieldTable) -> String {
 }
 
 /// What pika makes of the frames, a line for each. `make test` installs it (scripts/peers).
-fn as_pika_reads(bytes: Vec<u8>) -> Vec<String> {
+fn as_pika_reads(bytes: &[u8]) -> Vec<String> {
+    let mut frames = tempfile::tempfile().unwrap();
+    frames.write_all(bytes).unwrap();
+    frames.rewind().unwrap();
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut pika = Command::new(root.join("target/peers/bin/python"))
+    let pika = Command::new(root.join("target/peers/bin/python"))
         .arg(root.join("tests/peers/read_frames.py"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
+        .stdin(frames)
+        .output()
         .expect("these tests need a Python peer: run `make test`, which installs it");
-    let mut stdin = pika.stdin.take().unwrap();
-    let writing = thread::spawn(move || stdin.write_all(&bytes));
-    let output = pika.wait_with_output().unwrap();
-    writing.join().unwrap().unwrap();
-    assert!(output.status.success());
-    let lines = String::from_utf8(output.stdout).unwrap();
+    assert!(pika.status.success(), "{}", pika.stderr.escape_ascii());
+    let lines = String::from_utf8(pika.stdout).unwrap();
     lines.lines().map(str::to_owned).collect()
 }
 
@@ -410,5 +407,5 @@ fn amq_protocol_reads_every_frame_as_it_was_meant() {
 #[test]
 fn pika_reads_every_frame_as_it_was_meant() {
     let mut written = Written::generated(&mut StdRng::seed_from_u64(SEED + 1));
-    compare(&as_pika_reads(written.bytes()), &written.lines);
+    compare(&as_pika_reads(&written.bytes()), &written.lines);
 }
