@@ -5,7 +5,7 @@ use rustix::time::{ClockId, clock_gettime};
 use std::time::Duration;
 
 /// How long each 1024 bytes that have begun may take, of a core's time: a busy machine stops a thread
-/// now and then, and that does not count. Most take a thousandth of it.
+/// now and then, and that does not count. Most take a hundredth of it.
 const TIME_PER_KIB: Duration = Duration::from_millis(10);
 
 /// How often what took too long is tried, in all. A thread that shares its core may find nothing of its
