@@ -11,10 +11,11 @@ UNITS         ?= $(PREFIX)/lib/systemd/system
 
 CHAOS_SECONDS ?= 60
 CHAOS_SEED    ?= 42
+FUZZ_SECONDS  ?= 60
 ROUNDS        ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-with-broker chaos cluster compare scaling lint build install install-built deb deb-test broker clean
+.PHONY: help demo test test-with-broker chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=6
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
 		$(CARGO) test --locked --release --test it chaos -- --nocapture
 
+fuzz: ## look for bytes that break the way in, guided by coverage: each target for FUZZ_SECONDS=60
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/fuzz
+
 cluster: ## three RabbitMQ nodes, a quorum queue, a load; its leader is killed ten times
 	CLUSTER_KILLS=10 $(CARGO) test --locked --release --test it cluster -- --nocapture
 
@@ -58,7 +62,7 @@ lint: ## formatting, who imports whom, clippy, documentation, shell scripts; war
 	$(CARGO) clippy --locked --no-default-features --features json --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features cli --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features --document-private-items
-	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/peers scripts/storeys .ci/run
+	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/fuzz scripts/peers scripts/storeys .ci/run
 
 build: ## the binary, target/release/fibrpc
 	$(CARGO) build --release --locked

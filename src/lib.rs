@@ -72,6 +72,9 @@ mod status;
 
 mod amqp;
 
+#[cfg(any(test, fuzzing))]
+pub mod bytes;
+
 pub use amqp::endpoint::{Endpoints, InvalidUrl};
 pub use amqp::queue::{QueueStatus, QueueType};
 #[cfg(feature = "tls")]

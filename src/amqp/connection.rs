@@ -8,7 +8,7 @@ use crate::amqp::channel::Channel;
 use crate::amqp::endpoint::{Endpoint, Endpoints};
 use crate::amqp::error::{Error, describe, with_way_out};
 use crate::amqp::frame::reply_code::ACCESS_REFUSED;
-use crate::amqp::frame::{FRAME_MIN, put_open};
+use crate::amqp::frame::{FRAME_MAX, FRAME_MIN, put_open};
 use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::incoming::{ChannelEvent, Incoming, Tune};
 use crate::amqp::outbox::Outbox;
@@ -29,10 +29,6 @@ use url::Host;
 
 /// How long an orderly close may take. It is a courtesy: the broker notices a closed socket, too.
 const CLOSE_TIME: Duration = Duration::from_millis(150);
-
-/// The longest frame that we ask for, in bytes: RabbitMQ's own, unless configured otherwise. One
-/// that sets no limit would send each message in a single frame.
-const FRAME_MAX: u32 = 128 << 10;
 
 /// A connection to a broker.
 ///
@@ -319,7 +315,7 @@ impl Endpoint {
                 },
             })
             .virtual_host(&self.vhost)
-            .frame_max(FRAME_MAX)
+            .frame_max(FRAME_MAX as u32)
             .heartbeat(self.heartbeat_seconds)
             .information(Some(format!("fibrpc {purpose}, pid {}", process::id())));
         let _watchdog = outbox.abort_after(time_left(deadline));
@@ -384,8 +380,8 @@ impl Endpoint {
 /// The longest frame that both sides accept, in octets, as amiquip has agreed on it.
 fn frame_max(tune: Option<&Tune>) -> usize {
     match tune.map_or(FRAME_MIN, |tune| tune.frame_max) {
-        0 => FRAME_MAX as usize,
-        max => max.clamp(FRAME_MIN, FRAME_MAX as usize),
+        0 => FRAME_MAX,
+        max => max.clamp(FRAME_MIN, FRAME_MAX),
     }
 }
 

@@ -28,6 +28,10 @@ pub(crate) const OVERHEAD: usize = PREFIX_LEN + 1;
 /// The longest frame that every peer must accept, in octets (`frame-min-size`).
 pub(crate) const FRAME_MIN: usize = 4096;
 
+/// The longest frame that we ask for and accept, in octets: RabbitMQ's own, unless configured
+/// otherwise. A broker that sets no limit would send each message in a single frame.
+pub(crate) const FRAME_MAX: usize = 128 << 10;
+
 pub(crate) const CLASS_CHANNEL: u16 = 20;
 const CHANNEL_OPEN: u16 = 10;
 pub(crate) const CHANNEL_OPEN_OK: u16 = 11;

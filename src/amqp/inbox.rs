@@ -29,9 +29,6 @@ const READ_LEN: usize = 64 << 10;
 /// How often amiquip's I/O thread reads a large message before it sees what else there is to do.
 const READS_MAX: usize = 16;
 
-/// A buffer that a large frame, not of a body, has grown beyond this is given back, in bytes.
-const BUFFER_KEPT_MAX: usize = 1 << 20;
-
 /// How long a leader blocks at most before it looks around.
 pub(crate) const READ_TIME_MAX: Duration = Duration::from_millis(250);
 
@@ -286,6 +283,14 @@ impl Inbox {
         }
     }
 
+    /// How much memory the way in holds, in bytes.
+    #[cfg(any(test, fuzzing))]
+    pub fn memory(&self) -> usize {
+        let mut reader = lock(&self.reader);
+        let buffers = reader.bytes.capacity() + self.feed().bytes.capacity();
+        buffers + reader.assembler.memory()
+    }
+
     fn fail(&self, error: &io::Error) {
         self.end(End::Failed(error.kind(), error.to_string()));
     }
@@ -448,9 +453,6 @@ impl Reader {
     }
 
     fn fill(&mut self, transport: &Transport, wait: Wait) -> io::Result<usize> {
-        if self.filled == 0 && self.bytes.len() > BUFFER_KEPT_MAX {
-            self.bytes = Vec::new();
-        }
         if self.bytes.len() < self.filled + READ_LEN {
             self.bytes.resize(self.filled + READ_LEN, 0);
         }

@@ -12,12 +12,14 @@ use crate::amqp::body::{Body, LARGE_MIN};
 use crate::amqp::frame::{
     BASIC_ACK, BASIC_CANCEL, BASIC_CANCEL_OK, BASIC_CONSUME_OK, BASIC_DELIVER, BASIC_NACK,
     BASIC_QOS_OK, BASIC_RETURN, BODY, CHANNEL_CLOSE, CHANNEL_CLOSE_OK, CHANNEL_OPEN_OK,
-    CLASS_BASIC, CLASS_CHANNEL, CLASS_CONFIRM, CLASS_QUEUE, CONFIRM_SELECT_OK, END, HEADER, METHOD,
-    OVERHEAD, PREFIX_LEN, QUEUE_DECLARE_OK, reply_code,
+    CLASS_BASIC, CLASS_CHANNEL, CLASS_CONFIRM, CLASS_QUEUE, CONFIRM_SELECT_OK, END, FRAME_MAX,
+    HEADER, METHOD, OVERHEAD, PREFIX_LEN, QUEUE_DECLARE_OK, reply_code,
 };
 use std::fmt;
 
 const CLASS_CONNECTION: u16 = 10;
+const CONNECTION_START: u16 = 10;
+const CONNECTION_START_OK: u16 = 11;
 const CONNECTION_TUNE: u16 = 30;
 const CONNECTION_CLOSE: u16 = 50;
 const CONNECTION_BLOCKED: u16 = 60;
@@ -25,14 +27,19 @@ const CONNECTION_UNBLOCKED: u16 = 61;
 
 const HEARTBEAT: u8 = 8;
 
-/// A frame longer than this is none, in bytes. RabbitMQ's are 128 KiB at most, unless configured
-/// otherwise.
-const FRAME_MAX: usize = 16 << 20;
+/// How much memory is set aside for messages before their content is there, in bytes, for all on a
+/// connection together: what is said of a length is a claim. It is the most that RabbitMQ 3 takes
+/// unless configured otherwise, and until it is used it is only a range of addresses.
+pub(crate) const RESERVED_MAX: usize = 128 << 20;
 
-/// How much memory is set aside for a message before its content is there, in bytes: what is said
-/// of a length is a claim. It is the most that RabbitMQ 3 takes unless configured otherwise, and
-/// until it is used it is only a range of addresses.
-const RESERVED_MAX: usize = 128 << 20;
+/// How many messages may have begun at the same time: as many as RabbitMQ gives a connection channels
+/// unless configured otherwise. It sends each as a whole, so that one is the most there is. They are
+/// looked through for each frame.
+const UNFINISHED_MAX: usize = 2047;
+
+/// How deep the tables of the handshake may be nested. RabbitMQ's are so twice, and some 600 levels
+/// are too many for the stack of amiquip's thread in a build without optimization.
+const NESTED_MAX: usize = 256;
 
 /// A message as it arrived.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -508,6 +515,13 @@ impl Assembler {
             (CLASS_CONNECTION, CONNECTION_UNBLOCKED) => {
                 return Ok(Parsed::ours(Incoming::Unblocked));
             }
+            // amiquip parses tables recursively, and of what a broker says to it this one has some.
+            (CLASS_CONNECTION, CONNECTION_START) if may_nest(payload) > NESTED_MAX => {
+                return Err(Malformed);
+            }
+            // This one has them, too, and so have methods of other classes: they are not for us.
+            (CLASS_CONNECTION, CONNECTION_START_OK) => return Err(Malformed),
+            _ if channel == 0 && class != CLASS_CONNECTION => return Err(Malformed),
             _ if channel == 0 => {
                 return Ok(Parsed {
                     incoming: None,
@@ -540,7 +554,7 @@ impl Assembler {
     }
 
     fn begin(&mut self, channel: u16, incoming: Incoming) -> Result<(), Malformed> {
-        if self.position(channel).is_some() {
+        if self.position(channel).is_some() || self.unfinished.len() == UNFINISHED_MAX {
             return Err(Malformed);
         }
         self.unfinished.push(Unfinished {
@@ -563,19 +577,26 @@ impl Assembler {
         cursor.length().ok_or(Malformed)?; // class and weight
         let body_len = cursor.u64().ok_or(Malformed)?;
         let at = self.position(channel).ok_or(Malformed)?;
+        let unreserved = RESERVED_MAX.saturating_sub(self.reserved());
         let unfinished = &mut self.unfinished[at];
         if unfinished.missing.replace(body_len).is_some() {
             return Err(Malformed);
         }
         let message = unfinished.message();
         message.head = Head(cursor.0.to_vec());
-        let reserved = usize::try_from(body_len).map_or(RESERVED_MAX, |len| len.min(RESERVED_MAX));
+        let reserved = usize::try_from(body_len).map_or(unreserved, |len| len.min(unreserved));
         message.body = match reserved {
             0..LARGE_MIN => Vec::with_capacity(reserved),
             // It is read to where it stays.
             _ => Body::scratch(reserved),
         };
         Ok(self.finish(at))
+    }
+
+    /// How much memory is set aside for the bodies that are not whole, in bytes.
+    fn reserved(&mut self) -> usize {
+        let bodies = self.unfinished.iter_mut().map(Unfinished::message);
+        bodies.map(|message| message.body.capacity()).sum()
     }
 
     /// How much is missing of the body on that channel; `None` if none has begun.
@@ -634,6 +655,13 @@ impl Unfinished {
             other => unreachable!("{other:?} has no content"),
         }
     }
+}
+
+/// How deep tables and arrays in these bytes may be nested: each has a letter in front, so that there
+/// are no more of them than letters.
+fn may_nest(bytes: &[u8]) -> usize {
+    let letters = bytes.iter().filter(|octet| matches!(octet, b'A' | b'F'));
+    letters.count()
 }
 
 /// What is left to read of some bytes.
@@ -722,6 +750,18 @@ impl<'a> Cursor<'a> {
             code,
             text: String::from_utf8_lossy(text).into_owned(),
         }
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+impl Assembler {
+    /// How much memory the messages hold that are not whole, in bytes.
+    pub fn memory(&mut self) -> usize {
+        let held = self.unfinished.iter_mut().map(|unfinished| {
+            let message = unfinished.message();
+            size_of::<Unfinished>() + message.head.0.capacity() + message.body.capacity()
+        });
+        held.sum()
     }
 }
 

@@ -1,0 +1,4 @@
+//! `src/bytes/frames.rs`, for libFuzzer.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| fibrpc::bytes::frames(input));
