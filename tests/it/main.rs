@@ -18,6 +18,7 @@ mod request;
 mod rpc;
 mod slow;
 mod support;
+mod ten_ways;
 #[cfg(feature = "tls")]
 mod tls;
 mod watch;
