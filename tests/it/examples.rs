@@ -5,8 +5,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-fn example(name: &str) -> Finished {
-    // Beside the binary, where `cargo test` has built it.
+/// An example, beside the binary, where `cargo test` has built it.
+pub fn program(name: &str) -> Command {
     let mut program = PathBuf::from(env!("CARGO_BIN_EXE_fibrpc"));
     program.pop();
     program.extend(["examples", name]);
@@ -15,7 +15,13 @@ fn example(name: &str) -> Finished {
         "{} is not built: run `make test`, which builds the examples",
         program.display()
     );
-    let done = run(Command::new(program).env("AMQP_URL", url()));
+    let mut command = Command::new(program);
+    command.env("AMQP_URL", url());
+    command
+}
+
+fn example(name: &str) -> Finished {
+    let done = run(&mut program(name));
     assert_eq!(done.code(), Some(0), "{}", done.stderr);
     done
 }

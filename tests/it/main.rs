@@ -21,4 +21,5 @@ mod support;
 mod ten_ways;
 #[cfg(feature = "tls")]
 mod tls;
+mod tutorial;
 mod watch;
