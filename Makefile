@@ -15,7 +15,7 @@ FUZZ_SECONDS  ?= 60
 ROUNDS        ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-with-broker chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
+.PHONY: help demo test test-with-broker ten-ways chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ test-with-broker: # each feature alone, then everything with all of them
 	$(CARGO) test --locked --no-default-features --features json --lib --test library
 	$(CARGO) test --locked --no-default-features --features cli --lib --bins --test library
 	$(CARGO) test --locked --all-features
+
+ten-ways: ## the runs of docs/ten-ways-it-breaks.md: what breaks the tutorial, and what fibrpc does instead
+	@scripts/peers pika
+	@$(CARGO) build --locked --bins --examples
+	@scripts/broker with-broker scripts/ten-ways target/debug
 
 chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
@@ -62,7 +67,7 @@ lint: ## formatting, who imports whom, clippy, documentation, shell scripts; war
 	$(CARGO) clippy --locked --no-default-features --features json --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features cli --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features --document-private-items
-	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/fuzz scripts/peers scripts/storeys .ci/run
+	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/fuzz scripts/peers scripts/storeys scripts/ten-ways .ci/run
 
 build: ## the binary, target/release/fibrpc
 	$(CARGO) build --release --locked

@@ -19,6 +19,7 @@ mod request;
 mod rpc;
 mod slow;
 mod support;
+mod ten_ways;
 #[cfg(feature = "tls")]
 mod tls;
 mod tutorial;
