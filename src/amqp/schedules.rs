@@ -1,0 +1,155 @@
+//! Searches of schedules: who writes and who reads a socket ([`model`](crate::amqp::model)).
+//!
+//! amiquip is not run here. Its I/O thread is [`start_io`], which does of it what we rely on: it
+//! polls, and when the stream is reported it reads until there is nothing more, or the end.
+
+use crate::amqp::channel::Channel;
+use crate::amqp::frame::{BODY, END, HEADER, METHOD, PREFIX_LEN};
+use crate::amqp::inbox::Sink;
+use crate::amqp::model::net::{Far, connect};
+use crate::amqp::outbox::Outbox;
+use crate::amqp::stream::{self, Opened, Stream};
+use crate::amqp::sync::poll::{Events, Poll, PollOpt, Ready, Token};
+use crate::amqp::sync::thread;
+use crate::amqp::transport::Transport;
+use std::io::{self, ErrorKind, Read};
+use std::sync::Arc;
+
+mod inbox;
+mod outbox;
+
+/// Our end of a connection, and the far end. `room` is how many bytes the socket takes that the far
+/// end has not read.
+pub(crate) fn pair(room: usize, sink: Box<dyn Sink>) -> (Opened, Far) {
+    let (near, far) = connect(room);
+    let transport = Transport::Plain(Arc::new(near));
+    (stream::share(transport, None, sink).unwrap(), far)
+}
+
+/// amiquip's part, until the connection ends; returns what it has read.
+pub(crate) fn start_io(mut stream: Stream) -> thread::JoinHandle<Vec<u8>> {
+    let poll = Poll::new().unwrap();
+    poll.register(&stream, Token(9), Ready::readable(), PollOpt::edge())
+        .unwrap();
+    thread::spawn(move || {
+        let (mut events, mut taken) = (Events::with_capacity(8), Vec::new());
+        let mut bytes = [0; 16];
+        loop {
+            poll.poll(&mut events, None).unwrap();
+            loop {
+                match stream.read(&mut bytes) {
+                    Ok(0) => return taken,
+                    Ok(len) => taken.extend_from_slice(&bytes[..len]),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                    Err(_) => return taken,
+                }
+            }
+        }
+    })
+}
+
+/// A channel that is open.
+pub(crate) fn channel(id: u16, outbox: &Arc<Outbox>) -> Arc<Channel> {
+    Arc::new(Channel::new(id, Arc::clone(outbox)))
+}
+
+/// amiquip's own trait, for a stream that it is not given here.
+impl mio::Evented for Stream {
+    fn register(&self, _: &mio::Poll, _: Token, _: Ready, _: PollOpt) -> io::Result<()> {
+        unreachable!("amiquip is not run")
+    }
+
+    fn reregister(&self, _: &mio::Poll, _: Token, _: Ready, _: PollOpt) -> io::Result<()> {
+        unreachable!("amiquip is not run")
+    }
+
+    fn deregister(&self, _: &mio::Poll) -> io::Result<()> {
+        unreachable!("amiquip is not run")
+    }
+}
+
+/// The longest frame of a body, in octets.
+const FRAME_MAX: usize = 40 << 10;
+
+/// A frame, as the far end reads it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Frame {
+    pub kind: u8,
+    pub channel: u16,
+    pub payload: Vec<u8>,
+}
+
+/// The frames that come out at the far end.
+#[derive(Default)]
+pub(crate) struct Frames {
+    bytes: Vec<u8>,
+    taken: usize,
+}
+
+impl Frames {
+    /// The next one; `None` when our end is shut.
+    pub fn next(&mut self, far: &mut Far) -> Option<Frame> {
+        loop {
+            let bytes = &self.bytes[self.taken..];
+            if let [kind, high, low, len @ .., _, _, _] = &bytes[..bytes.len().min(10)]
+                && let Ok(len) = <[u8; 4]>::try_from(len)
+                && bytes.len() > PREFIX_LEN + u32::from_be_bytes(len) as usize
+            {
+                let end = PREFIX_LEN + u32::from_be_bytes(len) as usize;
+                assert_eq!(bytes[end], END, "a frame that is not whole");
+                let frame = Frame {
+                    kind: *kind,
+                    channel: u16::from_be_bytes([*high, *low]),
+                    payload: bytes[PREFIX_LEN..end].to_vec(),
+                };
+                self.taken += end + 1;
+                return Some(frame);
+            }
+            let more = far.read();
+            if more.is_empty() {
+                return None;
+            }
+            self.bytes.drain(..self.taken);
+            self.taken = 0;
+            self.bytes.extend_from_slice(&more);
+        }
+    }
+}
+
+/// Appends a frame.
+pub(crate) fn put_frame(out: &mut Vec<u8>, kind: u8, channel: u16, payload: &[u8]) {
+    out.push(kind);
+    out.extend_from_slice(&channel.to_be_bytes());
+    out.extend_from_slice(&(payload.len() as u32).to_be_bytes());
+    out.extend_from_slice(payload);
+    out.push(END);
+}
+
+/// Appends a message that a queue gives to a consumer, as a broker does; `id` is its correlation
+/// id and, before that, where an answer goes.
+pub(crate) fn put_deliver(out: &mut Vec<u8>, channel: u16, tag: u64, id: &[u8], body: &[u8]) {
+    let short = |text: &[u8]| [&[text.len() as u8], text].concat();
+    let tag = tag.to_be_bytes();
+    let deliver = [
+        &[0, 60, 0, 60][..],
+        &short(b"c"),
+        &tag,
+        &[0],
+        &short(b""),
+        &short(b"q"),
+    ];
+    put_frame(out, METHOD, channel, &deliver.concat());
+    let len = (body.len() as u64).to_be_bytes();
+    // correlation_id and reply_to.
+    let header = [
+        &[0, 60, 0, 0][..],
+        &len,
+        &[0b110, 0],
+        &short(id),
+        &short(id),
+    ];
+    put_frame(out, HEADER, channel, &header.concat());
+    for part in body.chunks(FRAME_MAX) {
+        put_frame(out, BODY, channel, part);
+    }
+}
