@@ -72,6 +72,9 @@ mod status;
 
 mod amqp;
 
+#[cfg(all(test, shuttle))]
+mod schedules; // of calls
+
 pub use amqp::endpoint::{Endpoints, InvalidUrl};
 pub use amqp::queue::{QueueStatus, QueueType};
 #[cfg(feature = "tls")]

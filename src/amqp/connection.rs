@@ -13,6 +13,7 @@ use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::incoming::{ChannelEvent, Incoming, Tune};
 use crate::amqp::outbox::Outbox;
 use crate::amqp::stream::{self, Credentials, Opened};
+use crate::amqp::sync::amiquip::{self, AmqpValue, Auth, ConnectionOptions, ConnectionTuning};
 use crate::amqp::sync::channel::{Receiver, bounded};
 use crate::amqp::sync::net::TcpStream;
 use crate::amqp::sync::{Instant, Never, thread};
@@ -20,7 +21,6 @@ use crate::amqp::time::{share_of, time_left};
 #[cfg(feature = "tls")]
 use crate::amqp::tls::TlsStream;
 use crate::amqp::transport::Transport;
-use amiquip::{AmqpValue, Auth, ConnectionOptions, ConnectionTuning};
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;

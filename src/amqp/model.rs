@@ -20,10 +20,14 @@
 //!
 //! In reading order:
 
+pub(crate) mod kernel; // what a socket and a poll do; pure
 pub(crate) mod world; // who waits, and what time it is
 
+pub(crate) mod chance; // random numbers, and the order of a map
 pub(crate) mod channel; // crossbeam's
 pub(crate) mod net; // a socket, and its far end
 pub(crate) mod poll; // mio's
+
+pub(crate) mod amiquip; // its I/O thread
 
 pub(crate) mod explore; // the search

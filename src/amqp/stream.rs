@@ -11,10 +11,10 @@
 use crate::amqp::frame::{OVERHEAD, PREFIX_LEN};
 use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::outbox::Outbox;
-use crate::amqp::sync::Never;
 use crate::amqp::sync::channel::{Receiver, Sender, bounded};
 use crate::amqp::sync::poll::unix::EventedFd;
 use crate::amqp::sync::poll::{Evented, Poll, PollOpt, Ready, Token};
+use crate::amqp::sync::{Never, amiquip};
 use crate::amqp::transport::{Down, Transport};
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;

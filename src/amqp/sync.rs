@@ -11,10 +11,13 @@ use std::time::Duration;
 
 #[cfg(not(all(test, shuttle)))]
 mod platform {
+    pub(crate) use rand::rngs::SysRng;
+    pub(crate) use std::collections::{HashMap, HashSet};
     pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
     pub(crate) use std::thread;
     pub(crate) use std::time::Instant;
 
+    pub(crate) use amiquip;
     pub(crate) use crossbeam_channel as channel;
     pub(crate) use mio as poll;
 
@@ -29,8 +32,9 @@ mod platform {
 
 #[cfg(all(test, shuttle))]
 mod platform {
+    pub(crate) use crate::amqp::model::chance::{HashMap, HashSet, SysRng};
     pub(crate) use crate::amqp::model::world::{Condvar, Instant};
-    pub(crate) use crate::amqp::model::{channel, net, poll};
+    pub(crate) use crate::amqp::model::{amiquip, channel, net, poll};
     pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic};
     pub(crate) use shuttle::thread;
 }

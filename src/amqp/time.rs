@@ -1,8 +1,7 @@
 //! Deadlines, and the waits between attempts to connect.
 
-use crate::amqp::sync::Instant;
+use crate::amqp::sync::{Instant, SysRng};
 use rand::TryRng;
-use rand::rngs::SysRng;
 use std::time::Duration;
 
 /// A time that does not come, and that can be added to any other.

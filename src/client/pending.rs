@@ -6,14 +6,13 @@ use crate::amqp::incoming::{Confirm, Delivery, Incoming, Message};
 use crate::amqp::queue::QueueStatus;
 use crate::amqp::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::amqp::sync::channel::Sender;
-use crate::amqp::sync::{Instant, Mutex, MutexGuard, lock};
+use crate::amqp::sync::{HashMap, HashSet, Instant, Mutex, MutexGuard, lock};
 use crate::amqp::time::after;
 use crate::client::correlation::{CorrelationId, CorrelationIds};
 use crate::client::link::{Link, Outgoing};
 use crate::client::options::{Options, Retry};
 use crate::error::{Error, WaitingFor};
 use crate::message::{MESSAGE_MAX, Reply};
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -1,7 +1,8 @@
 //! Requests and workers.
 //!
 //! - Every request that is begun is answered once, and acknowledged once, behind its answer.
-//! - No worker sleeps while there is something for one to do, and no answer is held back.
+//! - No worker sleeps while there is something for one to do, and no answer is held back, however
+//!   long another handler takes.
 //! - A drain ends: each request is answered and acknowledged, or given back, and not both.
 
 use crate::amqp::channel::Channel;
@@ -10,9 +11,9 @@ use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::model::explore::explore;
 use crate::amqp::model::net::Far;
 use crate::amqp::model::world::Time;
-use crate::amqp::schedules::{Frames, channel, pair, put_deliver, put_frame, start_io};
+use crate::amqp::schedules::scene::{Frames, channel, pair, put_deliver, put_frame, start_io};
 use crate::amqp::stream::Opened;
-use crate::amqp::sync::channel::{Receiver, unbounded};
+use crate::amqp::sync::channel::{Receiver, Sender, unbounded};
 use crate::amqp::sync::thread;
 use crate::server::work_queue::{Event, RequestSink, Session, WorkQueue};
 use shuttle::rand::{Rng, thread_rng};
@@ -32,10 +33,14 @@ struct Scene {
     queue: Arc<WorkQueue>,
     channels: Vec<Arc<Channel>>,
     events: Receiver<Event>,
+    go_on: Sender<()>,
     threads: Vec<thread::JoinHandle<()>>,
     far: Far,
     outbox: Arc<crate::amqp::outbox::Outbox>,
 }
+
+/// The last request on each channel has a handler that waits until all others are answered.
+const SLOW: u64 = REQUESTS;
 
 /// What the broker has seen of a request.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -47,6 +52,7 @@ struct Seen {
 
 fn begin() -> Scene {
     let (events, told) = unbounded();
+    let (go_on, gate) = unbounded();
     let queue = Arc::new(WorkQueue::new(events, WORKERS, PREFETCH));
     let sink = RequestSink {
         queue: Arc::clone(&queue),
@@ -61,10 +67,10 @@ fn begin() -> Scene {
         ..
     } = opened;
     let io = start_io(stream);
-    let mut threads = vec![thread::spawn(move || drop(io.join().unwrap()))];
+    let mut threads = vec![thread::spawn(move || drop(io.join()))];
     for number in 0..WORKERS {
-        let queue = Arc::clone(&queue);
-        threads.push(thread::spawn(move || work(&queue, number)));
+        let (queue, gate) = (Arc::clone(&queue), gate.clone());
+        threads.push(thread::spawn(move || work(&queue, number, &gate)));
     }
     queue.begin_session(1);
     let channels = (1..).take(WORKERS).map(|id| channel(id, &outbox));
@@ -82,6 +88,7 @@ fn begin() -> Scene {
         queue,
         channels,
         events: told,
+        go_on,
         threads,
         far,
         outbox: outbox_too,
@@ -89,10 +96,13 @@ fn begin() -> Scene {
 }
 
 /// A worker, whose handler takes as long as it takes.
-fn work(queue: &WorkQueue, number: usize) {
+fn work(queue: &WorkQueue, number: usize, gate: &Receiver<()>) {
     while let Some(job) = queue.next(number) {
         let properties = job.delivery.message.head.properties();
         let id = properties.reply_to.unwrap().to_vec();
+        if job.delivery.message.body == b"slow" {
+            gate.recv().unwrap();
+        }
         let content: Arc<dyn Content> = Arc::new(id.clone());
         let reply = Publish {
             routing_key: &id,
@@ -104,10 +114,10 @@ fn work(queue: &WorkQueue, number: usize) {
     }
 }
 
-fn send_request(far: &mut Far, channel: u16, tag: u64) {
+fn send_request(far: &Far, (channel, tag): (u16, u64), body: &[u8]) {
     let mut bytes = Vec::new();
     let id = [channel as u8, tag as u8];
-    put_deliver(&mut bytes, channel, tag, &id, b"21");
+    put_deliver(&mut bytes, channel, tag, &id, body);
     far.write(&bytes);
 }
 
@@ -147,20 +157,26 @@ fn read(
 fn answer_all() {
     let mut scene = begin();
     let (mut frames, mut seen) = (Frames::default(), HashMap::new());
-    let mut next = [1; WORKERS];
     let (far, total) = (&mut scene.far, WORKERS as u64 * REQUESTS);
-    for channel in 1..=WORKERS {
-        while next[channel - 1] <= u64::from(PREFETCH).min(REQUESTS) {
-            send_request(far, channel as u16, next[channel - 1]);
-            next[channel - 1] += 1;
-        }
+    let send = |far: &Far, request: (u16, u64)| {
+        let body: &[u8] = if request.1 == SLOW { b"slow" } else { b"21" };
+        send_request(far, request, body);
+    };
+    let mut next = [1 + u64::from(PREFETCH); WORKERS];
+    for tag in 1..=u64::from(PREFETCH) {
+        (1..)
+            .take(WORKERS)
+            .for_each(|channel| send(far, (channel, tag)));
     }
-    for _ in 0..total {
+    for count in 1..=total {
         let (channel, _) = read(far, &mut frames, &mut seen).expect("nobody has ended it");
         let tag = &mut next[usize::from(channel) - 1];
         if *tag <= REQUESTS {
-            send_request(far, channel, *tag);
+            send(far, (channel, *tag));
             *tag += 1;
+        }
+        if count == total - WORKERS as u64 {
+            (0..WORKERS).for_each(|_| scene.go_on.send(()).unwrap());
         }
     }
     let answered = Seen {
@@ -221,6 +237,7 @@ fn a_drain_ends_and_each_request_is_answered_or_given_back() {
     explore(name, Time::StandsStill, || {
         let scene = begin();
         let Scene {
+            go_on: _go_on,
             queue,
             channels,
             events,
@@ -235,7 +252,7 @@ fn a_drain_ends_and_each_request_is_answered_or_given_back() {
         let count = thread_rng().gen_range(1..=REQUESTS);
         for tag in 1..=count {
             for channel in 1..=WORKERS as u16 {
-                send_request(&mut far, channel, tag);
+                send_request(&far, (channel, tag), b"21");
             }
         }
         for channel in 1..=WORKERS as u16 {

@@ -1,9 +1,10 @@
 //! A socket, and its far end. As `std::net::TcpStream` and what `rustix::net` does with it.
 
-use crate::amqp::model::poll::{Source, signal};
-use crate::amqp::model::world::{Kernel, World};
-use mio::Ready;
+use crate::amqp::model::kernel::{Kernel, Pipe, Source, signal};
+use crate::amqp::model::world::World;
+use rustix::io::Errno;
 use shuttle::rand::{Rng, thread_rng};
+use std::borrow::Borrow;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 use std::net::{Shutdown, SocketAddr};
@@ -11,42 +12,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
 pub(crate) use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags};
-
-/// All sockets of an execution.
-#[derive(Default)]
-pub(crate) struct Sockets(Vec<Pipe>);
-
-/// What is between the two ends of a connection.
-struct Pipe {
-    /// What has arrived and is not read.
-    arrived: VecDeque<u8>,
-    /// What was written and the far end has not read.
-    leaving: Vec<u8>,
-    /// How much of that there may be.
-    room: usize,
-    /// The far end sends nothing more.
-    ended: bool,
-    /// Our end is shut.
-    shut: bool,
-    read_time: Option<Duration>,
-}
-
-impl Sockets {
-    /// What a socket is ready for.
-    pub fn ready(&self, index: usize) -> Ready {
-        let pipe = &self.0[index];
-        let is_over = pipe.ended || pipe.shut;
-        let mut ready = Ready::empty();
-        if is_over || !pipe.arrived.is_empty() {
-            ready |= Ready::readable();
-        }
-        // Linux calls a socket writable when a third of its buffer is free.
-        if is_over || pipe.leaving.len() <= pipe.room * 2 / 3 {
-            ready |= Ready::writable();
-        }
-        ready
-    }
-}
 
 /// Any number of bytes that there may be, from one; mostly all.
 fn some_of(most: usize) -> usize {
@@ -63,33 +28,82 @@ pub(crate) struct TcpStream {
     fd: RawFd,
 }
 
-/// The far end.
-#[derive(Debug)]
+/// The far end. One thread may read it, and others write.
+#[derive(Debug, Clone)]
 pub(crate) struct Far {
     index: usize,
 }
 
 /// A connection over which `room` bytes fit that the far end has not read.
 pub(crate) fn connect(room: usize) -> (TcpStream, Far) {
-    World::get().enter(|kernel| {
-        let index = kernel.sockets.0.len();
-        kernel.sockets.0.push(Pipe {
-            arrived: VecDeque::new(),
-            leaving: Vec::new(),
-            room,
-            ended: false,
-            shut: false,
-            read_time: None,
+    let world = World::get();
+    let (near, index) = world.enter(|kernel| connect_in(kernel, room));
+    (near, Far { index })
+}
+
+fn connect_in(kernel: &mut Kernel, room: usize) -> (TcpStream, usize) {
+    let index = kernel.sockets.pipes.len();
+    kernel.sockets.pipes.push(Pipe {
+        arrived: VecDeque::new(),
+        leaving: Vec::new(),
+        room,
+        ended: false,
+        shut: false,
+        read_time: None,
+    });
+    let fd = kernel.polls.descriptor(Source::Socket(index));
+    (TcpStream { index, fd }, index)
+}
+
+/// Where connections are made, until it is dropped; each takes `room` bytes.
+pub(crate) struct Listener;
+
+impl Listener {
+    pub fn new(room: usize) -> Listener {
+        World::get().enter(|kernel| kernel.sockets.listening = Some((VecDeque::new(), room)));
+        Listener
+    }
+
+    /// Waits for the next connection; `None` when nobody listens any more.
+    pub fn accept() -> Option<Far> {
+        let accepted = World::get().wait(None, |kernel| match &mut kernel.sockets.listening {
+            Some((queue, _)) => Some(Some(queue.pop_front()?)),
+            None => Some(None),
         });
-        let fd = kernel.polls.descriptor(Source::Socket(index));
-        (TcpStream { index, fd }, Far { index })
-    })
+        accepted.flatten().map(|index| Far { index })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        World::get().enter(|kernel| {
+            for index in kernel
+                .sockets
+                .listening
+                .take()
+                .into_iter()
+                .flat_map(|(queue, _)| queue)
+            {
+                kernel.sockets.pipes[index].ended = true;
+                signal(kernel, Source::Socket(index));
+            }
+        });
+    }
 }
 
 impl TcpStream {
-    /// Nobody listens.
+    /// Connects to the [`Listener`], if there is one.
     pub fn connect_timeout(_: &SocketAddr, _: Duration) -> io::Result<TcpStream> {
-        Err(ErrorKind::ConnectionRefused.into())
+        World::get().enter(|kernel| {
+            let Some(&(_, room)) = kernel.sockets.listening.as_ref() else {
+                return Err(ErrorKind::ConnectionRefused.into());
+            };
+            let (near, index) = connect_in(kernel, room);
+            if let Some((queue, _)) = &mut kernel.sockets.listening {
+                queue.push_back(index);
+            }
+            Ok(near)
+        })
     }
 
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
@@ -115,7 +129,7 @@ impl TcpStream {
     }
 
     pub fn set_read_timeout(&self, time: Option<Duration>) -> io::Result<()> {
-        World::get().enter(|kernel| kernel.sockets.0[self.index].read_time = time);
+        World::get().enter(|kernel| kernel.sockets.pipes[self.index].read_time = time);
         Ok(())
     }
 
@@ -126,7 +140,7 @@ impl TcpStream {
 
     pub fn shutdown(&self, _: Shutdown) -> io::Result<()> {
         World::get().enter(|kernel| {
-            kernel.sockets.0[self.index].shut = true;
+            kernel.sockets.pipes[self.index].shut = true;
             signal(kernel, Source::Socket(self.index));
         });
         Ok(())
@@ -134,7 +148,7 @@ impl TcpStream {
 
     /// `None` if there is nothing yet.
     fn receive(&self, kernel: &mut Kernel, parts: &mut [IoSliceMut<'_>]) -> Option<usize> {
-        let pipe = &mut kernel.sockets.0[self.index];
+        let pipe = &mut kernel.sockets.pipes[self.index];
         if pipe.arrived.is_empty() {
             return (pipe.ended || pipe.shut).then_some(0);
         }
@@ -159,7 +173,7 @@ impl Read for &TcpStream {
 
     fn read_vectored(&mut self, parts: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         let world = World::get();
-        let time = world.enter(|kernel| kernel.sockets.0[self.index].read_time);
+        let time = world.enter(|kernel| kernel.sockets.pipes[self.index].read_time);
         world
             .wait(time, |kernel| self.receive(kernel, parts))
             .ok_or_else(|| ErrorKind::WouldBlock.into())
@@ -197,22 +211,22 @@ pub(crate) fn recvmsg(
 
 /// As [`rustix::net::sendmsg`] on a socket whose writes hardly wait.
 pub(crate) fn sendmsg(
-    socket: &TcpStream,
+    socket: impl Borrow<TcpStream>,
     parts: &[IoSlice<'_>],
     _: &mut SendAncillaryBuffer<'_, '_, '_>,
     _: SendFlags,
-) -> io::Result<usize> {
+) -> rustix::io::Result<usize> {
     let world = World::get();
     world.enter(|kernel| {
-        let pipe = &mut kernel.sockets.0[socket.index];
+        let pipe = &mut kernel.sockets.pipes[socket.borrow().index];
         if pipe.shut {
-            return Err(ErrorKind::BrokenPipe.into());
+            return Err(Errno::PIPE);
         }
         let given: usize = parts.iter().map(|part| part.len()).sum();
         let room = pipe.room - pipe.leaving.len();
         if room == 0 {
             world.advance(Duration::from_millis(1));
-            return Err(ErrorKind::WouldBlock.into());
+            return Err(Errno::AGAIN);
         }
         let len = some_of(given.min(room));
         let mut left = len;
@@ -236,7 +250,7 @@ impl Far {
     pub fn read(&mut self) -> Vec<u8> {
         let index = self.index;
         let read = World::get().wait(None, |kernel| {
-            let pipe = &mut kernel.sockets.0[index];
+            let pipe = &mut kernel.sockets.pipes[index];
             if pipe.leaving.is_empty() {
                 return pipe.shut.then(Vec::new);
             }
@@ -252,17 +266,17 @@ impl Far {
     }
 
     /// Sends bytes, which arrive at once.
-    pub fn write(&mut self, bytes: &[u8]) {
+    pub fn write(&self, bytes: &[u8]) {
         World::get().enter(|kernel| {
-            kernel.sockets.0[self.index].arrived.extend(bytes);
+            kernel.sockets.pipes[self.index].arrived.extend(bytes);
             signal(kernel, Source::Socket(self.index));
         });
     }
 
     /// Sends nothing more.
-    pub fn close(&mut self) {
+    pub fn close(&self) {
         World::get().enter(|kernel| {
-            kernel.sockets.0[self.index].ended = true;
+            kernel.sockets.pipes[self.index].ended = true;
             signal(kernel, Source::Socket(self.index));
         });
     }

@@ -1,7 +1,6 @@
-//! The kernel of one execution: who waits for what, and what time it is.
+//! What all threads of an execution share: who waits, and what time it is.
 
-use crate::amqp::model::net::Sockets;
-use crate::amqp::model::poll::Polls;
+use crate::amqp::model::kernel::Kernel;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync as model;
 use std::cell::RefCell;
@@ -40,15 +39,6 @@ pub(crate) struct World {
     over: AtomicBool,
 }
 
-/// What threads ask the kernel for.
-#[derive(Default)]
-pub(crate) struct Kernel {
-    pub sockets: Sockets,
-    pub polls: Polls,
-    /// How many threads wait here.
-    waiting: usize,
-}
-
 struct Timer {
     at: u64,
     sleeper: Arc<model::Condvar>,
@@ -72,16 +62,18 @@ impl World {
             over: AtomicBool::new(false),
         });
         WORLD.set(Some(Arc::clone(&world)));
-        let clock = shuttle::thread::spawn({
+        let clock = (time == Time::Passes).then(|| {
             let world = Arc::clone(&world);
-            move || world.pass_time()
+            shuttle::thread::spawn(move || world.pass_time())
         });
         body();
         let timers = world.timers.lock().unwrap_or_else(PoisonError::into_inner);
         world.over.store(true, Ordering::Relaxed);
         world.timed.notify_all();
         drop(timers);
-        clock.join().unwrap();
+        if let Some(clock) = clock {
+            clock.join().unwrap();
+        }
     }
 
     /// That of the execution.
@@ -223,12 +215,12 @@ impl Condvar {
 
 /// As [`std::time::Instant`]: since the execution began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Instant(Duration);
+pub struct Instant(Duration);
 
 impl Instant {
     pub fn now() -> Instant {
         let world = World::get();
-        if thread_rng().gen_ratio(1, 8) {
+        if thread_rng().gen_ratio(1, 4) {
             world.advance(STOPPED_MAX.mul_f64(thread_rng().gen_range(0.0..1.0)));
         }
         Instant(world.peek())

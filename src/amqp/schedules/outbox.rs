@@ -14,7 +14,7 @@ use crate::amqp::model::explore::explore;
 use crate::amqp::model::net::Far;
 use crate::amqp::model::world::Time;
 use crate::amqp::outbox::{NotSent, Outbox};
-use crate::amqp::schedules::{Frames, pair, start_io};
+use crate::amqp::schedules::scene::{Frames, pair, start_io};
 use crate::amqp::stream::Opened;
 use crate::amqp::sync::channel::unbounded;
 use crate::amqp::sync::{Instant, thread};
@@ -153,7 +153,7 @@ fn frames_leave_whole_in_order_and_once() {
             for sender in senders {
                 sender.join().unwrap();
             }
-            io.join().unwrap();
+            io.join();
         },
     );
 }
@@ -180,7 +180,7 @@ fn who_waits_for_room_is_told_of_it() {
             for sender in senders {
                 sender.join().unwrap();
             }
-            io.join().unwrap();
+            io.join();
         },
     );
 }
@@ -212,7 +212,7 @@ fn a_connection_that_ends_holds_nobody() {
             }
             aborting.join().unwrap();
             assert_eq!(outbox.wait_for_room(None), Err(NotSent::Down));
-            io.join().unwrap();
+            io.join();
         },
     );
 }
@@ -249,6 +249,6 @@ fn a_wait_for_room_ends_by_its_deadline() {
             assert_eq!(come.get(&sender).map_or(0, Vec::len), taken);
         }
         far.close();
-        io.join().unwrap();
+        io.join();
     });
 }
