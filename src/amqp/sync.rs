@@ -17,9 +17,15 @@ mod platform {
     pub(crate) use std::thread;
     pub(crate) use std::time::Instant;
 
-    pub(crate) use amiquip;
     pub(crate) use crossbeam_channel as channel;
     pub(crate) use mio as poll;
+
+    /// What has the handshake, heartbeats, and a thread of its own.
+    pub(crate) mod amiquip {
+        pub(crate) use ::amiquip::{
+            AmqpValue, Auth, Connection, ConnectionOptions, ConnectionTuning, Error, IoStream,
+        };
+    }
 
     /// A socket, and what std has not of it.
     pub(crate) mod net {
