@@ -13,9 +13,10 @@ CHAOS_SECONDS ?= 60
 CHAOS_SEED    ?= 42
 FUZZ_SECONDS  ?= 60
 ROUNDS        ?= 5
+PROVE_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-with-broker ten-ways chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
+.PHONY: help demo test test-with-broker ten-ways chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean prove
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +27,7 @@ demo: ## see it work: a broker, a server, one call, 832040
 
 test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL names)
 	@scripts/peers
+	scripts/prove 20
 	scripts/broker with-broker $(MAKE) --no-print-directory test-with-broker
 
 test-with-broker: # each feature alone, then everything with all of them
@@ -39,6 +41,8 @@ ten-ways: ## the runs of docs/ten-ways-it-breaks.md: what breaks the tutorial, a
 	@scripts/peers pika
 	@$(CARGO) build --locked --bins --examples
 	@scripts/broker with-broker scripts/ten-ways target/debug
+prove: ## search schedules of the hand-overs between threads, others each time (PROVE_SECONDS=600)
+	PROVE_FROM=$$(date +%s) scripts/prove $(PROVE_SECONDS)
 
 chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
@@ -66,8 +70,11 @@ lint: ## formatting, who imports whom, clippy, documentation, shell scripts; war
 	$(CARGO) clippy --locked --no-default-features --features tls --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features json --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features cli --all-targets -- -D warnings
+	RUSTFLAGS="--cfg shuttle" $(CARGO) clippy --locked --no-default-features --lib --profile test \
+		--target-dir target/prove -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features --document-private-items
-	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/fuzz scripts/peers scripts/storeys scripts/ten-ways .ci/run
+	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/fuzz \
+		scripts/peers scripts/prove scripts/prove-faults scripts/storeys scripts/ten-ways .ci/run
 
 build: ## the binary, target/release/fibrpc
 	$(CARGO) build --release --locked

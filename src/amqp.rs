@@ -29,3 +29,8 @@ pub(crate) mod queue; // declaring one, asking after one
 
 pub(crate) mod sync; // locks and watchdogs
 pub(crate) mod time; // deadlines and back-off
+
+#[cfg(all(test, shuttle))]
+pub(crate) mod model; // threads, sockets and polls, for the search of schedules
+#[cfg(all(test, shuttle))]
+pub(crate) mod schedules; // who writes, who reads

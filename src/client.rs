@@ -22,18 +22,17 @@ pub(crate) mod options;
 mod pending; // what all of them share
 
 use crate::amqp::endpoint::{Endpoints, InvalidUrl};
-use crate::amqp::sync::Never;
+use crate::amqp::sync::atomic::Ordering;
+use crate::amqp::sync::channel::{Receiver, bounded};
+use crate::amqp::sync::{Never, thread};
 use crate::error::Error;
 use crate::message::Reply;
 use calls::{CallMany, Calls, RequestBuilder};
-use crossbeam_channel::{Receiver, bounded};
 use manager::Manager;
 use options::{Confirms, Options, ReplyTo, Retry, check_times};
 use pending::Shared;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::Duration;
 
 /// How long dropping the last handle waits for an orderly close.

@@ -75,6 +75,9 @@ mod amqp;
 #[cfg(any(test, fuzzing))]
 pub mod bytes;
 
+#[cfg(all(test, shuttle))]
+mod schedules; // of calls
+
 pub use amqp::endpoint::{Endpoints, InvalidUrl};
 pub use amqp::queue::{QueueStatus, QueueType};
 #[cfg(feature = "tls")]

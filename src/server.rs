@@ -8,6 +8,8 @@
 
 mod options;
 pub(crate) mod request; // what a handler sees
+#[cfg(all(test, shuttle))]
+mod schedules;
 mod supervisor; // the thread that keeps the server connected
 mod suspects; // requests whose replies the broker does not take
 mod work_queue; // where requests meet workers
@@ -16,18 +18,17 @@ mod worker; // the threads that run the handler
 use crate::amqp::brokers::Brokers;
 use crate::amqp::endpoint::{Endpoints, InvalidUrl};
 use crate::amqp::queue::QueueType;
-use crate::amqp::sync::{Never, lock};
+use crate::amqp::sync::atomic::{AtomicBool, Ordering};
+use crate::amqp::sync::channel::{Receiver, Sender, bounded, unbounded};
+use crate::amqp::sync::{Instant, Mutex, Never, lock, thread};
 use crate::amqp::time::after;
 use crate::error::Error;
 use crate::message::{HandlerError, RemoteError, Response};
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use options::Options;
 use request::Request;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use supervisor::{Starting, Supervisor};
 use work_queue::WorkQueue;
 use worker::{Stats, Worker};

@@ -7,11 +7,12 @@ use crate::amqp::error::{Error as AmqpError, GONE};
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::queue::{self, Events, QueueStatus};
+use crate::amqp::sync::Instant;
+use crate::amqp::sync::channel::{Receiver, select, unbounded};
 use crate::amqp::time::after;
 use crate::error::Error;
 use crate::message;
-use crossbeam_channel::{Receiver, select, unbounded};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What a broker says of itself and of a request queue: for a health check. It says whether
 /// somebody consumes the queue, not whether requests are answered.

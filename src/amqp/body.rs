@@ -4,11 +4,10 @@
 //! it is used next: at 4 MiB that was a tenth of all work of a call. So what is done with is kept
 //! here for the next body that arrives, a little of it, whichever connection it was of.
 
-use crate::amqp::sync::lock;
 use std::fmt;
 use std::mem::take;
 use std::ops::Deref;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A body from this size on, in bytes, is never copied: it is read to where it stays, written from
 /// where it lies, and its memory is kept. For a smaller one, to copy it costs less than a read or a
@@ -21,6 +20,10 @@ const KEPT_MAX: usize = 16 << 20;
 /// What is kept, the latest last.
 static SPARES: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
+fn spares() -> MutexGuard<'static, Vec<Vec<u8>>> {
+    SPARES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A body's bytes, whose memory is used again once it is dropped.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub(crate) struct Body(Vec<u8>);
@@ -28,7 +31,7 @@ pub(crate) struct Body(Vec<u8>);
 impl Body {
     /// Bytes to be overwritten: they may be those of another body.
     pub fn scratch(len: usize) -> Vec<u8> {
-        let mut spares = lock(&SPARES);
+        let mut spares = spares();
         // What is much longer would be held by what is short.
         let fits = |spare: &Vec<u8>| spare.len() >= len && spare.capacity() <= 2 * len;
         let spare = spares.iter().rposition(fits).map(|at| spares.remove(at));
@@ -50,7 +53,7 @@ impl Drop for Body {
         if len < LARGE_MIN || capacity > KEPT_MAX.min(2 * len) {
             return;
         }
-        let mut spares = lock(&SPARES);
+        let mut spares = spares();
         spares.push(take(&mut self.0));
         let mut kept: usize = spares.iter().map(Vec::capacity).sum();
         let too_many = spares.iter().take_while(|spare| {
@@ -116,7 +119,7 @@ mod tests {
             short.resize(len, 5);
             drop(Body::from(short));
         }
-        let spares = lock(&SPARES);
+        let spares = spares();
         let kept: usize = spares.iter().map(Vec::capacity).sum();
         assert!((KEPT_MAX - LEN..=KEPT_MAX).contains(&kept), "{kept}");
         let is_of_use =

@@ -4,9 +4,10 @@ use crate::amqp::connection::{Connection, Failure};
 use crate::amqp::endpoint::{Endpoint, Endpoints};
 use crate::amqp::error::Error;
 use crate::amqp::inbox::Sink;
+use crate::amqp::sync::Instant;
 use crate::amqp::time::{random, share_of, time_left};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long one broker may take while there are others to try; twice as long after each round in
 /// vain, for brokers that are slow, and not dead.
@@ -111,10 +112,10 @@ impl Brokers {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
-    use crossbeam_channel::unbounded;
+    use crate::amqp::sync::channel::unbounded;
 
     #[test]
     fn a_name_that_does_not_resolve_is_unreachable_and_says_so() {

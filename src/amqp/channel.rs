@@ -7,8 +7,8 @@
 use crate::amqp::backlog::Backlog;
 use crate::amqp::frame::{put_close, put_close_ok};
 use crate::amqp::outbox::{NotSent, Outbox};
+use crate::amqp::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// How long a round trip on a live connection may take: opening a channel, declaring a queue.

@@ -13,18 +13,19 @@ use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::incoming::{ChannelEvent, Incoming, Tune};
 use crate::amqp::outbox::Outbox;
 use crate::amqp::stream::{self, Credentials, Opened};
-use crate::amqp::sync::Never;
+use crate::amqp::sync::amiquip::{self, AmqpValue, Auth, ConnectionOptions, ConnectionTuning};
+use crate::amqp::sync::channel::{Receiver, bounded};
+use crate::amqp::sync::net::TcpStream;
+use crate::amqp::sync::{Instant, Never, thread};
 use crate::amqp::time::{share_of, time_left};
 #[cfg(feature = "tls")]
 use crate::amqp::tls::TlsStream;
 use crate::amqp::transport::Transport;
-use amiquip::{AmqpValue, Auth, ConnectionOptions, ConnectionTuning};
-use crossbeam_channel::{Receiver, bounded};
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use std::{io, process, thread};
+use std::time::Duration;
+use std::{io, process};
 use url::Host;
 
 /// How long an orderly close may take. It is a courtesy: the broker notices a closed socket, too.
@@ -399,10 +400,10 @@ fn refused_user(user: &str, peer: Option<SocketAddr>) -> String {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
-    use crossbeam_channel::unbounded;
+    use crate::amqp::sync::channel::unbounded;
     use std::io::Write;
     use std::net::TcpListener;
 

@@ -11,17 +11,20 @@
 //! amiquip reads instead of the socket ([`super::stream::Stream`]).
 
 use crate::amqp::incoming::{Assembler, CloseReason, Incoming, Malformed, Taken, Tune, frame_len};
-use crate::amqp::sync::lock;
+use crate::amqp::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::amqp::sync::channel::Sender;
+use crate::amqp::sync::net::TcpStream;
+use crate::amqp::sync::poll::unix::EventedFd;
+use crate::amqp::sync::poll::{
+    Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token,
+};
+use crate::amqp::sync::{Instant, Mutex, MutexGuard, lock};
 use crate::amqp::transport::{Down, Transport};
 use crate::amqp::wait::{Spin, Wait};
-use crossbeam_channel::Sender;
-use mio::unix::EventedFd;
-use mio::{Evented, Events, Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
-use std::time::{Duration, Instant};
+use std::sync::{OnceLock, TryLockError};
+use std::time::Duration;
 
 /// How much is read from the socket at a time, in bytes.
 const READ_LEN: usize = 64 << 10;
@@ -66,7 +69,7 @@ pub(crate) struct Inbox {
     /// Becomes readable when the socket does, while it is watched. Another descriptor than the
     /// transport's, because a socket can be in a poll once.
     watch: Poll,
-    watched: std::net::TcpStream,
+    watched: TcpStream,
     /// Whether the socket is being watched, as far as is known.
     watching: AtomicBool,
     /// What amiquip is to read.

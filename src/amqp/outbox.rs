@@ -7,16 +7,16 @@
 //! there is room, and reads in between.
 
 use crate::amqp::backlog::Backlog;
-use crate::amqp::sync::{Watchdog, lock};
+use crate::amqp::sync::atomic::{AtomicBool, Ordering};
+use crate::amqp::sync::net::TcpStream;
+use crate::amqp::sync::poll::unix::EventedFd;
+use crate::amqp::sync::poll::{Events, Poll, PollOpt, Ready, Token};
+use crate::amqp::sync::{Condvar, Instant, Mutex, MutexGuard, Watchdog, lock};
 use crate::amqp::transport::{Down, Transport, Written};
-use mio::unix::EventedFd;
-use mio::{Events, Poll, PollOpt, Ready, Token};
 use std::io;
-use std::net::TcpStream;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 /// How much may wait for the broker to read, in bytes, before senders have to wait as well.
 /// Beyond it lie the kernel's socket buffers, a few MiB more.

@@ -11,11 +11,11 @@
 use crate::amqp::frame::{OVERHEAD, PREFIX_LEN};
 use crate::amqp::inbox::{Inbox, Sink};
 use crate::amqp::outbox::Outbox;
-use crate::amqp::sync::Never;
+use crate::amqp::sync::channel::{Receiver, Sender, bounded};
+use crate::amqp::sync::poll::unix::EventedFd;
+use crate::amqp::sync::poll::{Evented, Poll, PollOpt, Ready, Token};
+use crate::amqp::sync::{Never, amiquip};
 use crate::amqp::transport::{Down, Transport};
-use crossbeam_channel::{Receiver, Sender, bounded};
-use mio::unix::EventedFd;
-use mio::{Evented, Poll, PollOpt, Ready, Token};
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
@@ -200,7 +200,7 @@ impl Evented for Stream {
 
 impl amiquip::IoStream for Stream {}
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
     use crate::amqp::backlog::Backlog;

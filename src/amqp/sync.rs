@@ -1,10 +1,51 @@
-//! Small tools for threads: a lock that survives a panic, a channel that only ends, a watchdog.
+//! What threads meet at and what they ask the kernel for, and small tools: a lock that survives a
+//! panic, a channel that only ends, a watchdog.
+//!
+//! Whoever has to do with other threads takes these names from here. They are the real ones, except
+//! in tests that search schedules ([`model`](crate::amqp)): there a model has them.
 
-use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use crate::amqp::sync::channel::{RecvTimeoutError, Sender, bounded};
 use std::convert::Infallible;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::sync::PoisonError;
 use std::time::Duration;
+
+#[cfg(not(all(test, shuttle)))]
+mod platform {
+    pub(crate) use rand::rngs::SysRng;
+    pub(crate) use std::collections::{HashMap, HashSet};
+    pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
+    pub(crate) use std::thread;
+    pub(crate) use std::time::Instant;
+
+    pub(crate) use crossbeam_channel as channel;
+    pub(crate) use mio as poll;
+
+    /// What has the handshake, heartbeats, and a thread of its own.
+    pub(crate) mod amiquip {
+        pub(crate) use ::amiquip::{
+            AmqpValue, Auth, Connection, ConnectionOptions, ConnectionTuning, Error, IoStream,
+        };
+    }
+
+    /// A socket, and what std has not of it.
+    pub(crate) mod net {
+        pub(crate) use rustix::net::{
+            RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, recv, recvmsg, sendmsg,
+        };
+        pub(crate) use std::net::TcpStream;
+    }
+}
+
+#[cfg(all(test, shuttle))]
+mod platform {
+    pub(crate) use crate::amqp::model::chance::{HashMap, HashSet, SysRng};
+    pub(crate) use crate::amqp::model::world::{Condvar, Instant};
+    pub(crate) use crate::amqp::model::{amiquip, channel, net, poll};
+    pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic};
+    pub(crate) use shuttle::thread;
+}
+
+pub(crate) use platform::*;
 
 /// What is sent on a channel on which nothing is ever sent: it says something by being
 /// disconnected.

@@ -1,8 +1,8 @@
 //! Deadlines, and the waits between attempts to connect.
 
+use crate::amqp::sync::{Instant, SysRng};
 use rand::TryRng;
-use rand::rngs::SysRng;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A time that does not come, and that can be added to any other.
 pub(crate) const FAR_FUTURE: Duration = Duration::from_secs(100 * 365 * 24 * 3600);

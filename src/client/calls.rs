@@ -1,6 +1,8 @@
 //! Calls: one request with all that can be said of it, and many in flight together.
 
 use crate::amqp::body::Body;
+use crate::amqp::sync::Instant;
+use crate::amqp::sync::channel::{Receiver, Sender, unbounded};
 use crate::amqp::time::{FAR_FUTURE, after};
 use crate::client::correlation::CorrelationId;
 use crate::client::link::{Link, Outgoing, OutgoingRequest};
@@ -9,12 +11,11 @@ use crate::client::pending::{Event, Pending, Resend, Settled, Shared, diagnosis_
 use crate::error::Error;
 use crate::message::Reply;
 use crate::message::headers::Headers;
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fmt;
 use std::iter::Fuse;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A request to be sent: to which queue, and what else there is to say. Made by
 /// [`Client::request`](crate::Client::request).

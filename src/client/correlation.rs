@@ -1,8 +1,8 @@
 //! Correlation ids: which call a reply is for.
 
+use crate::amqp::sync::atomic::{AtomicU64, Ordering};
 use crate::amqp::time::random;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Says which call a reply is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

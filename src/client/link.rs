@@ -7,15 +7,14 @@ use crate::amqp::frame::{Content, Properties, Publish};
 use crate::amqp::inbox::Inbox;
 use crate::amqp::incoming::{Confirm, Incoming};
 use crate::amqp::outbox::{NotSent, Outbox};
-use crate::amqp::sync::lock;
+use crate::amqp::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::amqp::sync::channel::Sender;
+use crate::amqp::sync::{Instant, Mutex, lock};
 use crate::client::correlation::CorrelationId;
 use crate::message::headers::Headers;
 use crate::message::{MESSAGE_MAX, TEXT_PLAIN, check_content_type, check_queue_name};
-use crossbeam_channel::Sender;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::sync::Arc;
 
 /// A request as it was asked for.
 #[derive(Debug, Clone)]

@@ -17,18 +17,18 @@ use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Incoming};
 use crate::amqp::outbox::NotSent;
 use crate::amqp::queue;
-use crate::amqp::sync::Never;
+use crate::amqp::sync::atomic::Ordering;
+use crate::amqp::sync::channel::{Receiver, Sender, select, unbounded};
+use crate::amqp::sync::{Instant, Never};
 use crate::amqp::time::{Backoff, FAR_FUTURE, after};
 use crate::client::link::Link;
 use crate::client::options::ReplyTo;
 use crate::client::pending::{Event, Pending, ReplySink, Resend, Shared};
 use crate::error::Error;
 use crate::message::{DIRECT_REPLY_TO, MESSAGE_MAX};
-use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long one round of attempts to connect may take, for all brokers in the list together.
 const CONNECT_TIME: Duration = Duration::from_secs(10);

@@ -4,18 +4,17 @@
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{Confirm, Delivery, Incoming, Message};
 use crate::amqp::queue::QueueStatus;
-use crate::amqp::sync::lock;
+use crate::amqp::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::amqp::sync::channel::Sender;
+use crate::amqp::sync::{HashMap, HashSet, Instant, Mutex, MutexGuard, lock};
 use crate::amqp::time::after;
 use crate::client::correlation::{CorrelationId, CorrelationIds};
 use crate::client::link::{Link, Outgoing};
 use crate::client::options::{Options, Retry};
 use crate::error::{Error, WaitingFor};
 use crate::message::{MESSAGE_MAX, Reply};
-use crossbeam_channel::Sender;
-use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// How long after a reconnect a missing queue is waited for: a server that lost the same broker
 /// is back after at most one of its own waits between attempts, and some time to connect.

@@ -2,9 +2,10 @@
 
 use crate::amqp::body::Body;
 use crate::amqp::incoming::Received;
+use crate::amqp::sync::Instant;
 use crate::message::headers::Headers;
 use crate::message::return_address;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A request, as a handler sees it: whatever somebody has sent, with nothing checked.
 ///

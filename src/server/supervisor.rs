@@ -12,19 +12,18 @@ use crate::amqp::frame::{put_cancel, put_consume, put_qos, put_requeue, reply_co
 use crate::amqp::inbox::Sink;
 use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::queue::{self, Events};
-use crate::amqp::sync::Never;
+use crate::amqp::sync::atomic::Ordering;
+use crate::amqp::sync::channel::{Receiver, RecvError, Sender, TryRecvError, bounded, select};
+use crate::amqp::sync::{Instant, Never, thread};
 use crate::amqp::time::{Backoff, FAR_FUTURE, after, time_left};
 use crate::error::Error;
 use crate::server::options::Options;
 use crate::server::work_queue::{Event, RequestSink, Session, WorkQueue};
 use crate::server::worker::Stats;
-use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError, bounded, select};
 use log::Level;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long one attempt to reconnect may take, for all brokers in the list together.
 const RECONNECT_TIME: Duration = Duration::from_secs(10);

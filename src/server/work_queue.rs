@@ -13,16 +13,16 @@ use crate::amqp::frame::{Publish, put_ack, put_qos};
 use crate::amqp::inbox::{Inbox, Lead, READ_TIME_MAX, Sink};
 use crate::amqp::incoming::{ChannelEvent, CloseReason, Delivery, Incoming};
 use crate::amqp::outbox::{APPENDED_MAX, NotSent, Outbox};
-use crate::amqp::sync::lock;
+use crate::amqp::sync::atomic::{AtomicUsize, Ordering};
+use crate::amqp::sync::channel::Sender;
+use crate::amqp::sync::{Condvar, Instant, Mutex, MutexGuard, lock};
 use crate::amqp::transport::Down;
 use crate::message::MESSAGE_MAX;
 use crate::server::suspects::{Key, Suspects};
-use crossbeam_channel::Sender;
 use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 /// What the supervisor is told.
 pub(crate) enum Event {

@@ -2,13 +2,13 @@
 
 use crate::amqp::frame::{Content, Publish};
 use crate::amqp::incoming::{Delivery, Message};
+use crate::amqp::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::message::{RemoteError, Response, return_address};
 use crate::server::request::Request;
 use crate::server::work_queue::{Job, WorkQueue};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 impl Content for Response {
