@@ -455,13 +455,10 @@ fn a_first_start_ends_in_time_though_the_queue_does_not_answer() {
         .queue_declare(&*queue, QueueDeclareOptions::default())
         .unwrap();
     // The broker is alive, and the queue's process is not.
-    broker.ctl(&[
-        "eval",
-        &format!(
-            "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
-             sys:suspend(amqqueue:get_pid(Q))."
-        ),
-    ]);
+    broker.eval(&format!(
+        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
+         sys:suspend(amqqueue:get_pid(Q))"
+    ));
     let server = run(fibrpc(&broker.url, &queue).args(["server", "--connect-timeout", "2s"]));
     assert_eq!(server.code(), Some(6), "{}", server.stderr);
     assert!(

@@ -678,7 +678,7 @@ fn a_connection_that_is_lost_while_draining_leaves_no_command_behind() {
     server.process.signal("TERM");
     thread::sleep(Duration::from_millis(300));
     drop(peer);
-    drop(broker);
+    broker.kill();
     let Reply { mut process, queue } = server;
     process.wait(PATIENCE);
     eventually("no process is left", || {

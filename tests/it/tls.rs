@@ -77,6 +77,11 @@ impl TlsBroker {
              ssl_options.cacertfile = {}\n\
              ssl_options.certfile = {}\n\
              ssl_options.keyfile = {}\n\
+             ssl_options.verify = verify_none\n\
+             ssl_options.fail_if_no_peer_cert = false\n\
+             auth_mechanisms.1 = PLAIN\n\
+             auth_mechanisms.2 = AMQPLAIN\n\
+             ssl_cert_login_from = distinguished_name\n\
              {settings}",
             ca.display(),
             certificate.display(),
@@ -426,7 +431,7 @@ fn a_brokers_certificate_is_trusted_as_openssl_makes_it_or_the_message_has_the_w
             folder,
             &format!("cp {name}.pem broker.pem; cp {name}.key broker.key"),
         );
-        broker._broker.ctl(&["eval", "ssl:clear_pem_cache()."]);
+        broker._broker.eval("ssl:clear_pem_cache()");
     };
     // Exit 5, no server: the broker is trusted and asked.
     for (name, host) in [
