@@ -295,8 +295,11 @@ fn a_question_that_costs_the_connection_is_not_asked_again() {
 fn a_request_that_takes_longer_than_the_broker_waits_is_executed_once_and_answered() {
     // A second in place of 30 minutes, looked at twice a second.
     let broker = PrivateBroker::configured("consumer_timeout = 1000\n", &[]);
-    let look_every =
-        |ms: u32| broker.eval(&format!("application:set_env(rabbit, channel_tick_interval, {ms})"));
+    let look_every = |ms: u32| {
+        broker.eval(&format!(
+            "application:set_env(rabbit, channel_tick_interval, {ms})"
+        ))
+    };
     look_every(500);
     let queue = unique("consumer-timeout");
     let (serving, begun) = serve(&broker.url, &queue, 2, obey);

@@ -122,19 +122,6 @@ impl PrivateBroker {
         self.eval(DELETE_CALLBACK_QUEUES);
     }
 
-    /// Does so several times a second, in the broker itself.
-    pub fn delete_callback_queues_over_and_over(&self) {
-        self.eval(&format!(
-            "register(deleter, spawn(fun() -> \
-             [begin {DELETE_CALLBACK_QUEUES}, timer:sleep(300) end || _ <- lists:seq(1, 10000)] end))"
-        ));
-    }
-
-    /// Ends that.
-    pub fn leave_callback_queues_alone(&self) {
-        self.eval("exit(whereis(deleter), kill)");
-    }
-
     fn script(&self, arguments: &[&str]) -> String {
         self.node().script(arguments)
     }
