@@ -9,14 +9,12 @@ ROOT    = $(DESTDIR)$(PREFIX)
 ZSH_FUNCTIONS ?= $(PREFIX)/share/zsh/site-functions
 UNITS         ?= $(PREFIX)/lib/systemd/system
 
-# Most tests wait for somebody else: three for each processor keep it busy.
-TEST_THREADS  ?= $(shell echo $$((3 * $$(nproc))))
 CHAOS_SECONDS ?= 60
 CHAOS_SEED    ?= 42
 ROUNDS        ?= 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-with-broker coverage chaos cluster compare scaling lint build install install-built deb deb-test broker clean
+.PHONY: help demo test test-with-broker chaos cluster compare scaling lint build install install-built deb deb-test broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,17 +27,12 @@ test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL n
 	@scripts/peers
 	scripts/broker with-broker $(MAKE) --no-print-directory test-with-broker
 
-test-with-broker: export RUST_TEST_THREADS := $(TEST_THREADS)
 test-with-broker: # each feature alone, then everything with all of them
 	$(CARGO) test --locked --no-default-features --lib --test library
 	$(CARGO) test --locked --no-default-features --features tls --lib --test library
 	$(CARGO) test --locked --no-default-features --features json --lib --test library
 	$(CARGO) test --locked --no-default-features --features cli --lib --bins --test library
 	$(CARGO) test --locked --all-features
-
-coverage: ## which lines of src/ the tests reach, for each file; installs cargo-llvm-cov if need be
-	@scripts/peers
-	@RUST_TEST_THREADS=$(TEST_THREADS) scripts/broker with-broker scripts/coverage
 
 chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
@@ -65,7 +58,7 @@ lint: ## formatting, who imports whom, clippy, documentation, shell scripts; war
 	$(CARGO) clippy --locked --no-default-features --features json --all-targets -- -D warnings
 	$(CARGO) clippy --locked --no-default-features --features cli --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features --document-private-items
-	bash -n scripts/broker scripts/coverage scripts/deb scripts/deb-test scripts/demo scripts/peers scripts/storeys .ci/run
+	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/peers scripts/storeys .ci/run
 
 build: ## the binary, target/release/fibrpc
 	$(CARGO) build --release --locked

@@ -177,7 +177,7 @@ fn a_request_whose_reply_closes_the_connection_does_not_come_back_for_ever() {
     let queue = unique("poison");
     let (serving, begun) = serve(&broker.url, &queue, 4, obey);
     let peer = Peer::connect(&broker.url);
-    let client = Caller::new(&broker.url, &queue, |client| client.timeout(2 * PATIENCE));
+    let client = Caller::new(&broker.url, &queue, |client| client.timeout(4 * PATIENCE));
     let poison = || {
         // RabbitMQ 3.10 takes it for an address of its own, fails to read it, and says 541.
         let properties = AmqpProperties::default()
@@ -186,7 +186,7 @@ fn a_request_whose_reply_closes_the_connection_does_not_come_back_for_ever() {
         peer.publish(&queue, b"1", properties);
     };
     poison();
-    eventually("it is dropped", || serving.stats().unanswerable == 1);
+    eventually("it is dropped", || serving.stats().unanswerable >= 1);
     assert_eq!(begun.count(), 1);
     // Among others, which are all answered.
     let mut calls = client.client.calls();
@@ -293,8 +293,8 @@ fn a_question_that_costs_the_connection_is_not_asked_again() {
 
 #[test]
 fn a_request_that_takes_longer_than_the_broker_waits_is_executed_once_and_answered() {
-    // A second in place of 30 minutes, looked at twice a second.
-    let broker = PrivateBroker::configured("consumer_timeout = 1000\n", &[]);
+    // Three seconds in place of 30 minutes, looked at twice a second.
+    let broker = PrivateBroker::configured("consumer_timeout = 3000\n", &[]);
     let look_every = |ms: u32| {
         broker.eval(&format!(
             "application:set_env(rabbit, channel_tick_interval, {ms})"
@@ -306,14 +306,14 @@ fn a_request_that_takes_longer_than_the_broker_waits_is_executed_once_and_answer
     let client = Caller::new(&broker.url, &queue, |client| client.timeout(2 * PATIENCE));
     let slow = {
         let client = client.clone();
-        thread::spawn(move || client.call("5000"))
+        thread::spawn(move || client.call("9000"))
     };
     let mut others = 0;
     while !slow.is_finished() {
         assert_eq!(client.call("100").unwrap(), b"100");
         others += 1;
     }
-    assert_eq!(slow.join().unwrap().unwrap(), b"5000");
+    assert_eq!(slow.join().unwrap().unwrap(), b"9000");
     assert_eq!(begun.count(), 1 + others);
     assert_eq!(client.stats().dropped_replies, 0);
     let stats = serving.stop().unwrap();

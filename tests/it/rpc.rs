@@ -8,6 +8,7 @@ use crate::support::{
     Message, PATIENCE, Peer, client, eventually, fibrpc, local, run, server, unique, url,
 };
 use amiquip::{AmqpProperties, AmqpValue, QueueDeclareOptions};
+use crossbeam_channel::bounded;
 use fibrpc::Error;
 use std::thread;
 use std::time::Duration;
@@ -191,7 +192,7 @@ fn without_a_request_queue_a_call_ends_at_once_with_no_server() {
     assert_eq!(call.code(), Some(5), "{}", call.stderr);
     assert!(call.stderr.contains(&queue), "{}", call.stderr);
     assert!(
-        call.took < Duration::from_secs(10),
+        call.took < PATIENCE,
         "it did not wait for the timeout: {:?}",
         call.took
     );
@@ -221,11 +222,12 @@ fn a_timeout_says_how_many_consume_and_wait() {
         .queue_declare(&*queue, QueueDeclareOptions::default())
         .unwrap();
     // Requests of somebody else's, waiting before ours, and a server that answers nobody.
+    let (done, is_done) = bounded::<()>(0);
     let _busy = local(
         &queue,
         |server| server.workers(1),
-        |_| {
-            thread::sleep(Duration::from_secs(3));
+        move |_| {
+            let _ = is_done.recv_timeout(2 * PATIENCE);
             Ok(b"late".to_vec())
         },
     );
@@ -244,6 +246,7 @@ fn a_timeout_says_how_many_consume_and_wait() {
         "{}",
         call.stderr
     );
+    drop(done);
 }
 
 #[test]
@@ -253,7 +256,7 @@ fn a_timeout_tells_of_replies_that_belong_to_no_call() {
     peer.channel
         .queue_declare(&*queue, QueueDeclareOptions::default())
         .unwrap();
-    let client = client(&url(), &queue, Duration::from_secs(2));
+    let client = client(&url(), &queue, Duration::from_secs(6));
     let call = thread::spawn(move || client.call("1"));
     // A server that forgets the correlation id.
     let request = peer.receive(&queue);

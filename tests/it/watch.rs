@@ -194,8 +194,10 @@ fn scrapers_that_hang_hold_up_neither_each_other_nor_the_server() {
     server.wait_for("Awaiting");
     let threads = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("Threads:"));
-        line.unwrap().to_owned()
+        let count = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Threads:"));
+        count.unwrap().trim().parse::<u32>().unwrap()
     };
     let before = threads();
     let hanging: Vec<_> = (0..100)
@@ -213,7 +215,8 @@ fn scrapers_that_hang_hold_up_neither_each_other_nor_the_server() {
     }
     let call = run(fibrpc(&url(), &queue).args(["call", "--output", "raw", "10"]));
     assert_eq!(call.stdout, "55\n", "{}", call.stderr);
-    assert_eq!(threads(), before);
+    // Or fewer: one that has connected the server may have been there still.
+    eventually("there are no more threads", || threads() <= before);
     drop(hanging);
 
     // One that never stops sending is cut off.

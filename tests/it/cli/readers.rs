@@ -56,7 +56,7 @@ fn a_server_whose_output_nobody_reads_goes_on() {
 }
 
 /// More requests than a pipe and the server's buffers hold lines of: 64 KiB three times.
-const LINES: usize = 30_000;
+const LINES: usize = 20_000;
 
 /// A server whose output is a pipe that nobody reads.
 fn unread(queue: &str, arguments: &[&str]) -> std::process::Child {

@@ -18,14 +18,14 @@ fn a_queue_deleted_under_a_running_server_is_declared_again() {
     let client = patient_client(&broker.url, &queue);
     assert_eq!(client.call(b"10").unwrap(), b"55");
     // One that is being executed is still answered.
-    let slow = begin(&client, "39");
-    server.wait_for(" [.] fib(39)");
+    let slow = begin(&client, "41");
+    server.wait_for(" [.] fib(41)");
     server.signal("STOP");
     broker.ctl(&["delete_queue", &queue]);
     server.signal("CONT");
     server.wait_for_stderr("declaring it again");
     assert_eq!(client.call(b"11").unwrap(), b"89");
-    assert_eq!(slow.join().unwrap().unwrap(), b"63245986");
+    assert_eq!(slow.join().unwrap().unwrap(), b"165580141");
     assert_eq!(
         client.stats().connections,
         1,
@@ -39,12 +39,12 @@ fn a_callback_queue_deleted_by_an_operator_is_made_again_and_the_call_answered()
     let queue = unique("callback-deleted");
     let server = server(&broker.url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, 2 * PATIENCE);
-    let slow = begin(&client, "39");
-    server.wait_for(" [.] fib(39)");
+    let slow = begin(&client, "41");
+    server.wait_for(" [.] fib(41)");
     server.signal("STOP");
     broker.delete_callback_queues();
     server.signal("CONT");
-    assert_eq!(slow.join().unwrap().unwrap(), b"63245986");
+    assert_eq!(slow.join().unwrap().unwrap(), b"165580141");
     assert_eq!(client.stats().connections, 2);
 }
 

@@ -9,12 +9,16 @@ use fibrpc::{Error, WaitingFor};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// A deadline that passes, and yet leaves a slow machine the time to connect and to be told that the
+/// broker blocks.
+const HURRY: Duration = Duration::from_secs(3);
+
 #[test]
 fn a_stopped_broker_holds_no_call_past_its_deadline_and_is_used_again_when_it_goes_on() {
     let broker = PrivateBroker::start();
     let queue = unique("stopped");
     let _server = server(&broker.url, &queue, &["--workers", "1"]);
-    let client = client(&broker.url, &queue, Duration::from_secs(2));
+    let client = client(&broker.url, &queue, HURRY);
     assert_eq!(client.call(b"10").unwrap(), b"55");
     broker.freeze();
     // Connected already: the request is sent, and nothing comes.
@@ -26,16 +30,12 @@ fn a_stopped_broker_holds_no_call_past_its_deadline_and_is_used_again_when_it_go
         }) => {}
         other => panic!("expected a timeout waiting for an answer, got {other:?}"),
     }
-    assert!(
-        began.elapsed() < Duration::from_secs(4),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
     // Not connected yet: the socket opens, and nothing is said on it.
     let call = run(fibrpc(&broker.url, &queue).args(["call", "--timeout", "1s", "10"]));
     assert_eq!(call.code(), Some(4));
     assert!(call.stderr.contains("still connecting"), "{}", call.stderr);
-    assert!(call.took < Duration::from_secs(3), "{:?}", call.took);
+    assert!(call.took < PATIENCE, "{:?}", call.took);
     broker.thaw();
     eventually("the client is answered again", || {
         client.call(b"10").is_ok()
@@ -63,7 +63,7 @@ fn a_memory_alarm_is_named_by_the_timeout_and_over_when_it_is_over() {
     let broker = PrivateBroker::start();
     let queue = unique("alarm");
     let server = server(&broker.url, &queue, &["--workers", "1"]);
-    let client = client(&broker.url, &queue, Duration::from_secs(2));
+    let client = client(&broker.url, &queue, HURRY);
     assert_eq!(client.call(b"10").unwrap(), b"55");
     broker.ctl(&["set_vm_memory_high_watermark", "0"]);
     let began = Instant::now();
@@ -76,16 +76,12 @@ fn a_memory_alarm_is_named_by_the_timeout_and_over_when_it_is_over() {
         }
         other => panic!("expected a timeout for a blocked broker, got {other:?}"),
     }
-    assert!(
-        began.elapsed() < Duration::from_secs(4),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
     // A process that starts now connects, publishes, and is blocked; it must end in time, too.
-    let call = run(fibrpc(&broker.url, &queue).args(["call", "--timeout", "2s", "10"]));
+    let call = run(fibrpc(&broker.url, &queue).args(["call", "--timeout", "5s", "10"]));
     assert_eq!(call.code(), Some(4));
     assert!(call.stderr.contains("blocked"), "{}", call.stderr);
-    assert!(call.took < Duration::from_secs(4), "{:?}", call.took);
+    assert!(call.took < PATIENCE, "{:?}", call.took);
     broker.ctl(&["set_vm_memory_high_watermark", "0.8"]);
     eventually("the client is answered again", || {
         client.call(b"10").is_ok()
@@ -106,9 +102,8 @@ fn what_is_submitted_while_the_broker_blocks_is_sent_in_time_or_never() {
     // On a connection that was there before, and from processes that connect now. The broker says
     // that it blocks only in answer to a message: so on the first, fib(20) is sent, and may be
     // executed later.
-    let hurried = Duration::from_millis(500);
     for n in ["20", "21", "22"] {
-        match caller.request().timeout(hurried).send(n) {
+        match caller.request().timeout(HURRY).send(n) {
             Err(Error::Timeout {
                 waiting_for: WaitingFor::BlockedBroker { .. },
                 ..
@@ -117,14 +112,14 @@ fn what_is_submitted_while_the_broker_blocks_is_sent_in_time_or_never() {
         }
     }
     for n in ["23", "24"] {
-        let call = run(fibrpc(&broker.url, &queue).args(["call", "--timeout", "1s", n]));
+        let call = run(fibrpc(&broker.url, &queue).args(["call", "--timeout", "5s", n]));
         assert_eq!(call.code(), Some(4));
         assert!(call.stderr.contains("blocked"), "{}", call.stderr);
     }
     // Nor does one count that nobody looks after until the broker reads again.
     let mut calls = caller.client.calls();
-    calls.submit((), caller.request().timeout(hurried).body("25"));
-    thread::sleep(hurried);
+    calls.submit((), caller.request().timeout(HURRY).body("25"));
+    thread::sleep(HURRY);
     // These have time enough, and are sent when the broker reads again.
     let patient = begin(&caller, "11");
     let process = Process::spawn(fibrpc(&broker.url, &queue).args(["call", "12"]));
@@ -186,10 +181,6 @@ fn a_full_socket_holds_no_call_past_its_deadline() {
         }
     }
     assert!(unsent > 0, "some could not be sent");
-    assert!(
-        began.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
     broker.thaw();
 }
