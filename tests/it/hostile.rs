@@ -30,11 +30,24 @@ fn resident(pid: u32) -> Option<u64> {
 
 fn bytes(rng: &mut StdRng, max: usize) -> Vec<u8> {
     let len = rng.random_range(0..=max);
+    // All at once: a call for each of some 70 million bytes would take a test's build a minute.
+    let mut bytes = vec![0; len];
     match rng.random_range(0..3) {
-        0 => (0..len).map(|_| rng.random()).collect(),
-        1 => (0..len).map(|_| rng.random_range(b' '..=b'~')).collect(),
-        _ => "ünï✓\u{10ffff}".bytes().cycle().take(len).collect(),
+        0 => rng.fill(&mut *bytes),
+        1 => {
+            rng.fill(&mut *bytes);
+            for byte in &mut bytes {
+                *byte = b' ' + *byte % 95;
+            }
+        }
+        _ => {
+            let text = "ünï✓\u{10ffff}".as_bytes();
+            for part in bytes.chunks_mut(text.len()) {
+                part.copy_from_slice(&text[..part.len()]);
+            }
+        }
     }
+    bytes
 }
 
 fn body(rng: &mut StdRng, index: usize) -> Vec<u8> {

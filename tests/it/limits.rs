@@ -177,7 +177,7 @@ fn a_request_whose_reply_closes_the_connection_does_not_come_back_for_ever() {
     let queue = unique("poison");
     let (serving, begun) = serve(&broker.url, &queue, 4, obey);
     let peer = Peer::connect(&broker.url);
-    let client = Caller::new(&broker.url, &queue, |client| client.timeout(2 * PATIENCE));
+    let client = Caller::new(&broker.url, &queue, |client| client.timeout(4 * PATIENCE));
     let poison = || {
         // RabbitMQ 3.10 takes it for an address of its own, fails to read it, and says 541.
         let properties = AmqpProperties::default()
@@ -186,7 +186,7 @@ fn a_request_whose_reply_closes_the_connection_does_not_come_back_for_ever() {
         peer.publish(&queue, b"1", properties);
     };
     poison();
-    eventually("it is dropped", || serving.stats().unanswerable == 1);
+    eventually("it is dropped", || serving.stats().unanswerable >= 1);
     assert_eq!(begun.count(), 1);
     // Among others, which are all answered.
     let mut calls = client.client.calls();
@@ -293,29 +293,33 @@ fn a_question_that_costs_the_connection_is_not_asked_again() {
 
 #[test]
 fn a_request_that_takes_longer_than_the_broker_waits_is_executed_once_and_answered() {
-    let broker = PrivateBroker::start();
-    // A second in place of 30 minutes, looked at twice a second.
-    let set = "application:set_env(rabbit, consumer_timeout, 1000), \
-               application:set_env(rabbit, channel_tick_interval, 500).";
-    broker.ctl(&["eval", set]);
+    // Three seconds in place of 30 minutes, looked at twice a second.
+    let broker = PrivateBroker::configured("consumer_timeout = 3000\n", &[]);
+    let look_every = |ms: u32| {
+        broker.eval(&format!(
+            "application:set_env(rabbit, channel_tick_interval, {ms})"
+        ))
+    };
+    look_every(500);
     let queue = unique("consumer-timeout");
     let (serving, begun) = serve(&broker.url, &queue, 2, obey);
     let client = Caller::new(&broker.url, &queue, |client| client.timeout(2 * PATIENCE));
     let slow = {
         let client = client.clone();
-        thread::spawn(move || client.call("5000"))
+        thread::spawn(move || client.call("9000"))
     };
     let mut others = 0;
     while !slow.is_finished() {
         assert_eq!(client.call("100").unwrap(), b"100");
         others += 1;
     }
-    assert_eq!(slow.join().unwrap().unwrap(), b"5000");
+    assert_eq!(slow.join().unwrap().unwrap(), b"9000");
     assert_eq!(begun.count(), 1 + others);
     assert_eq!(client.stats().dropped_replies, 0);
     let stats = serving.stop().unwrap();
     assert_eq!((stats.connections, stats.answered), (1, 1 + others));
     assert!(Peer::connect(&broker.url).is_empty(&queue));
+    look_every(60_000);
 }
 
 /// A broker with a queue of that name, which refuses what is over a limit, and a connection to it.
@@ -392,7 +396,7 @@ fn a_request_that_no_room_is_enough_for_is_rejected_though_the_queue_is_empty() 
 fn queue_process(action: &str, queue: &str) -> String {
     format!(
         "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
-         sys:{action}(amqqueue:get_pid(Q))."
+         sys:{action}(amqqueue:get_pid(Q))"
     )
 }
 
@@ -405,13 +409,13 @@ fn a_request_that_the_broker_does_not_confirm_is_sent_again() {
         client.confirms(Confirms::Always).timeout(2 * PATIENCE)
     });
     assert_eq!(client.call("1").unwrap(), b"1");
-    broker.ctl(&["eval", &queue_process("suspend", &queue)]);
+    broker.eval(&queue_process("suspend", &queue));
     let waiting = {
         let client = client.clone();
         thread::spawn(move || client.call("2"))
     };
     eventually("it is sent again", || client.stats().republished >= 2);
-    broker.ctl(&["eval", &queue_process("resume", &queue)]);
+    broker.eval(&queue_process("resume", &queue));
     assert_eq!(waiting.join().unwrap().unwrap(), b"2");
     assert_eq!(client.stats().connections, 1);
     eventually("each copy is executed", || begun.count() >= 3);
@@ -426,7 +430,7 @@ fn a_queue_that_does_not_answer_holds_up_nobody_who_calls_another() {
     let (second, begun) = serve(&broker.url, &queue, 1, obey);
     let client = Caller::new(&broker.url, &queue, |client| client);
     assert_eq!(client.client.call(&stuck, "1").unwrap().body, b"1");
-    broker.ctl(&["eval", &queue_process("suspend", &stuck)]);
+    broker.eval(&queue_process("suspend", &stuck));
     let short = client
         .client
         .request(&stuck)
@@ -448,6 +452,6 @@ fn a_queue_that_does_not_answer_holds_up_nobody_who_calls_another() {
     let missing = client.client.call(&unique("missing"), "1").unwrap_err();
     assert!(matches!(missing, Error::NoServer { .. }), "{missing}");
     assert_eq!((client.stats().connections, begun.count()), (1, 10));
-    broker.ctl(&["eval", &queue_process("resume", &stuck)]);
+    broker.eval(&queue_process("resume", &stuck));
     drop((first, second));
 }

@@ -282,7 +282,7 @@ fn without_a_server_or_an_answer_it_says_so() {
         &queue,
         |server| server,
         |_: &Request| {
-            std::thread::sleep(PATIENCE / 10);
+            std::thread::sleep(std::time::Duration::from_secs(3));
             Ok(())
         },
     );
@@ -407,7 +407,7 @@ fn few_large_bodies_are_in_flight_at_the_same_time() {
         |server| server.workers(1),
         |request: &Request| {
             // Slower than they are read.
-            std::thread::sleep(PATIENCE / 300);
+            std::thread::sleep(std::time::Duration::from_millis(100));
             Ok::<_, HandlerError>(Response::new(request.body().len().to_string()))
         },
     );

@@ -1,17 +1,16 @@
-//! What an operator watches: the metrics, the log as JSON, the health check.
+//! How one watches a server: its metrics.
 
-use crate::cli::with_password;
+mod logs;
+mod status;
+
 use crate::support::{
-    PATIENCE, Peer, PrivateBroker, Process, eventually, fibrpc, json_lines, local, root, run,
-    server, unique, url,
+    PATIENCE, Peer, PrivateBroker, Process, eventually, fibrpc, root, run, unique, url,
 };
 use amiquip::AmqpProperties;
-use fibrpc::{HandlerError, RemoteError, Request};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
@@ -195,8 +194,10 @@ fn scrapers_that_hang_hold_up_neither_each_other_nor_the_server() {
     server.wait_for("Awaiting");
     let threads = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("Threads:"));
-        line.unwrap().to_owned()
+        let count = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Threads:"));
+        count.unwrap().trim().parse::<u32>().unwrap()
     };
     let before = threads();
     let hanging: Vec<_> = (0..100)
@@ -214,7 +215,8 @@ fn scrapers_that_hang_hold_up_neither_each_other_nor_the_server() {
     }
     let call = run(fibrpc(&url(), &queue).args(["call", "--output", "raw", "10"]));
     assert_eq!(call.stdout, "55\n", "{}", call.stderr);
-    assert_eq!(threads(), before);
+    // Or fewer: one that has connected the server may have been there still.
+    eventually("there are no more threads", || threads() <= before);
     drop(hanging);
 
     // One that never stops sending is cut off.
@@ -306,241 +308,4 @@ fn the_dashboard_asks_for_what_is_exported_and_for_all_of_it() {
         }
     }
     assert_eq!(asked, exported);
-}
-
-/// The lines of a log, each an object.
-fn events(stderr: &str) -> Vec<Value> {
-    let events = json_lines(stderr);
-    for event in &events {
-        for field in ["time", "level", "target", "message"] {
-            assert!(event[field].is_string(), "{event}");
-        }
-        let time = event["time"].as_str().unwrap();
-        assert!(time.ends_with('Z') && time.contains('T'), "{event}");
-    }
-    events
-}
-
-#[test]
-fn a_json_log_is_the_same_log_with_an_object_a_line() {
-    let queue = unique("json-log");
-    let log = |format: &str| {
-        let mut command = fibrpc(&url(), &queue);
-        command.args(["server", "--workers", "1", "-v", "--log", format]);
-        // Whoever asks for JSON gets no colours.
-        let mut server = Process::spawn(command.env("CLICOLOR_FORCE", "1"));
-        server.wait_for("Awaiting");
-        let peer = Peer::connect(&url());
-        peer.publish(&queue, b"10", AmqpProperties::default());
-        // Once this is answered, the other has been dropped.
-        peer.ask(&queue, b"10", AmqpProperties::default());
-        server.signal("TERM");
-        assert_eq!(server.wait(PATIENCE).code(), Some(0));
-        server.output().1
-    };
-    let json = log("json");
-    let events = events(&json);
-    let told = |level: &str, text: &str| {
-        let has = |event: &Value| {
-            event["level"] == level && event["message"].as_str().unwrap().contains(text)
-        };
-        assert!(events.iter().any(has), "{level} {text}: {json}");
-    };
-    told("info", "connected to amqp://");
-    told("info", "1 workers consume");
-    told("warn", "dropped a request without reply_to");
-    told("info", "stopped: 1 answered");
-    assert_eq!(events.len(), log("text").lines().count(), "{json}");
-}
-
-#[test]
-fn an_error_that_ends_a_command_is_an_event_of_a_json_log() {
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
-    let nowhere = format!("amqp://{}", nobody.local_addr().unwrap());
-    drop(nobody);
-    let queue = unique("json-error");
-    let _server = server(&url(), &queue, &["--quiet"]);
-    for (url, arguments, code, told) in [
-        (&nowhere, &["status"][..], 6, "Connection refused"),
-        (
-            &nowhere,
-            &["server", "--connect-timeout", "300ms"],
-            6,
-            "trying again",
-        ),
-        (&url(), &["call", "-1"], 3, "fib(-1): the server answered"),
-        (&url(), &["status", "--url", "amqp://h:0"], 2, "--url: "),
-        // What clap refuses.
-        (&url(), &["status", "--waitt"], 2, "--waitt"),
-        (&url(), &["bench", "--fail-if", "p98>1s"], 2, "no metric"),
-    ] {
-        let ended = run(fibrpc(url, &queue).args(arguments).args(["--log", "json"]));
-        assert_eq!(ended.code(), Some(code), "{}", ended.stderr);
-        let events = events(&ended.stderr);
-        assert!(ended.stderr.contains(told), "{told}: {}", ended.stderr);
-        let last = events.iter().rfind(|event| event["level"] == "error");
-        let message = last.unwrap()["message"].as_str().unwrap();
-        assert!(!message.starts_with("error"), "{message}");
-    }
-}
-
-#[test]
-fn lines_that_are_missing_from_a_json_log_are_told_in_json() {
-    let queue = unique("json-unread");
-    let mut command = fibrpc(&url(), &queue);
-    command.args(["server", "--quiet", "--workers", "1", "--log", "json"]);
-    let mut server = command
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let ready = run(fibrpc(&url(), &queue).args(["call", "1", "--wait-for-server"]));
-    assert_eq!(ready.code(), Some(0), "{}", ready.stderr);
-    let peer = Peer::connect(&url());
-    // Each is a warning, and they are more than a pipe and the buffers hold.
-    for _ in 0..5_000 {
-        peer.publish(&queue, b"10", AmqpProperties::default());
-    }
-    let last = run(fibrpc(&url(), &queue).args(["call", "1", "--timeout", "1m"]));
-    assert_eq!(last.code(), Some(0), "{}", last.stderr);
-    let mut log = server.stderr.take().unwrap();
-    let reader = thread::spawn(move || {
-        let mut read = String::new();
-        log.read_to_string(&mut read).unwrap();
-        read
-    });
-    crate::support::signal(server.id(), "TERM");
-    assert!(server.wait().unwrap().success());
-    let read = reader.join().unwrap();
-    events(&read);
-    assert!(read.contains("lines dropped: stderr is not read"));
-}
-
-#[test]
-fn no_log_tells_a_password() {
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
-    let unreachable = format!("amqp://u:hunter2@{}", nobody.local_addr().unwrap());
-    drop(nobody);
-    let refusing = with_password("hunter2");
-    for url in [unreachable, refusing] {
-        for format in ["text", "json"] {
-            for arguments in [
-                &["status"][..],
-                &["status", "--wait", "300ms", "--call", "1"],
-                &["call", "1", "--timeout", "2s"],
-                &["server", "--connect-timeout", "300ms"],
-            ] {
-                let mut command = fibrpc(&url, "q");
-                command.args(arguments).args(["-vv", "--log", format]);
-                let ended = run(command.env("RUST_LOG", "trace"));
-                assert_eq!(ended.code(), Some(6), "{arguments:?}: {}", ended.stderr);
-                assert!(!ended.stderr.contains("hunter2"), "{}", ended.stderr);
-                if format == "json" {
-                    events(&ended.stderr);
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn status_makes_a_real_call_and_ends_as_it_does() {
-    let queue = unique("status-call");
-    let status = |arguments: &[&str]| {
-        run(fibrpc(&url(), &queue)
-            .args(["status", "--call"])
-            .args(arguments))
-    };
-    let missing = status(&["1"]);
-    assert_eq!(missing.code(), Some(5), "{}", missing.stderr);
-    assert!(missing.stdout.contains("not made"), "{}", missing.stdout);
-    let missing = status(&["1", "--output", "json"]);
-    assert!(
-        missing.stdout.contains("\"call\":null"),
-        "{}",
-        missing.stdout
-    );
-
-    let handler = |request: &Request| -> Result<Vec<u8>, HandlerError> {
-        match request.body() {
-            b"-no" => Err(RemoteError::new("too-late", "a\x1b[31m\nb"))?,
-            b"sleep" => thread::sleep(Duration::from_secs(5)),
-            b"bytes" => return Ok(vec![0xff; 1000]),
-            _ => {}
-        }
-        Ok(request.body().to_vec())
-    };
-    let _serving = local(&queue, |server| server.workers(2), handler);
-    let answered = status(&["grüße\x1b\n"]);
-    assert_eq!(answered.code(), Some(0), "{}", answered.stderr);
-    let line = answered.stdout.lines().last().unwrap();
-    assert!(line.starts_with("call        answered in "), "{line}");
-    assert!(line.ends_with(": \"grüße\\u{1b}\\n\""), "{line}");
-    let bytes = status(&["bytes"]);
-    assert!(bytes.stdout.contains("(1000 bytes)"), "{}", bytes.stdout);
-    assert!(bytes.stdout.len() < 1_500, "{}", bytes.stdout);
-    let error = status(&["-no"]);
-    assert_eq!(error.code(), Some(3), "{}", error.stderr);
-    assert!(
-        error.stdout.contains("call        failed after "),
-        "{}",
-        error.stdout
-    );
-    assert!(error.stdout.contains("(too-late): a"), "{}", error.stdout);
-    assert!(!error.stdout.contains('\x1b'), "{}", error.stdout);
-    let late = status(&["sleep", "--timeout", "1s"]);
-    assert_eq!(late.code(), Some(4), "{}", late.stdout);
-
-    let call = |body: &str| {
-        let status = status(&[body, "--output", "json"]);
-        json_lines(&status.stdout)[0]["call"].clone()
-    };
-    let answered = call("hello");
-    assert_eq!(answered["body"], "hello");
-    assert_eq!(answered["bytes"], 5);
-    assert!(answered["latency_ms"].as_f64().unwrap() > 0.0, "{answered}");
-    assert_eq!(call("-no")["error"]["kind"], "remote");
-    assert_eq!(call("bytes")["bytes"], 1000);
-}
-
-#[test]
-fn status_waits_for_a_server_and_for_a_broker() {
-    let queue = unique("status-wait");
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap();
-    let nowhere = format!("amqp://{}", nobody.local_addr().unwrap());
-    drop(nobody);
-    // What was seen last is told.
-    for (url, code) in [(&url(), 5), (&nowhere, 6)] {
-        let vain = run(fibrpc(url, &queue).args(["status", "--wait", "500ms"]));
-        assert_eq!(vain.code(), Some(code), "{}", vain.stderr);
-        assert!(vain.took >= Duration::from_millis(500), "{:?}", vain.took);
-    }
-    // First there is no broker, then no queue, then a server.
-    let mut broker = PrivateBroker::start();
-    broker.kill();
-    let mut command = fibrpc(&broker.url, &queue);
-    command.args(["status", "--wait", "5m", "--call", "10", "-v"]);
-    let mut waiting = Process::spawn(&mut command);
-    waiting.wait_for_stderr("cannot reach the broker");
-    broker.boot();
-    waiting.wait_for_stderr("nobody serves the queue yet");
-    let _server = server(&broker.url, &queue, &["--quiet"]);
-    assert_eq!(waiting.wait(PATIENCE).code(), Some(0));
-    let (stdout, _) = waiting.output();
-    assert!(stdout.contains("answered in"), "{stdout}");
-    assert!(stdout.contains(": \"55\""), "{stdout}");
-}
-
-#[test]
-fn a_signal_ends_status_with_130() {
-    for signal in ["INT", "TERM"] {
-        let mut command = fibrpc(&url(), &unique("status-signal"));
-        let mut waiting = Process::spawn(command.args(["status", "--wait", "5m", "-v"]));
-        waiting.wait_for_stderr("nobody serves the queue yet");
-        waiting.signal(signal);
-        assert_eq!(waiting.wait(PATIENCE).code(), Some(130), "{signal}");
-        let (stdout, stderr) = waiting.output();
-        assert_eq!(stdout, "");
-        assert!(stderr.contains("error: interrupted"), "{stderr}");
-    }
 }

@@ -3,14 +3,36 @@
 use crate::support::{eventually, root, signal};
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
+use std::thread;
 
-/// A broker of the test's own, to be killed, stopped and blocked. Gone when dropped.
+/// What each test finds in `rabbitmq.conf`, before its own settings: the defaults of those that a
+/// test has changed, because a broker that is lent again keeps what its settings do not name.
+const DEFAULTS: &str = "\
+    channel_max = 2047\n\
+    consumer_timeout = 1800000\n\
+    frame_max = 131072\n\
+    heartbeat = 60\n\
+    max_message_size = 134217728\n";
+
+/// Brokers that run and that no test has. A boot costs two cores three seconds, and emptying one
+/// that runs a tenth of that.
+static IDLE: Mutex<Vec<Node>> = Mutex::new(Vec::new());
+
+/// A broker of the test's own, to be killed, stopped and blocked: no other test uses it at the same
+/// time, and it is as empty as a new one. When dropped, it is lent to the next test, except by a
+/// test that has failed.
 pub struct PrivateBroker {
+    node: Option<Node>,
+    pub url: String,
+}
+
+/// A node of `scripts/broker`. Dropped, or left behind when the process ends, it is stopped.
+struct Node {
     folder: PathBuf,
     plugins: String,
-    pub url: String,
-    _parent: tempfile::TempDir,
+    guard: Child,
 }
 
 impl PrivateBroker {
@@ -18,25 +40,39 @@ impl PrivateBroker {
         PrivateBroker::configured("", &[])
     }
 
-    /// With settings of `rabbitmq.conf`, and plugins.
+    /// With settings of `rabbitmq.conf`, and plugins. One that has plugins has more defaults than
+    /// those above; who names some gives all the settings that others who name them give.
     pub fn configured(settings: &str, plugins: &[&str]) -> PrivateBroker {
-        let parent = tempfile::tempdir().unwrap();
-        let folder = parent.path().join("broker");
-        fs::write(parent.path().join("settings"), settings).unwrap();
+        let plugins = plugins.join(",");
+        let settings = format!("{DEFAULTS}{settings}");
+        while let Some(node) = Node::idle(&plugins) {
+            node.write_settings(&settings);
+            // One that a test has killed cannot be emptied, and is not needed any more.
+            if node.run_script(&["reset"]).status.success() {
+                let url = node.script(&["url"]).trim().to_owned();
+                return PrivateBroker {
+                    node: Some(node),
+                    url,
+                };
+            }
+        }
+        let node = Node::new(plugins);
+        node.write_settings(&settings);
         let mut broker = PrivateBroker {
-            folder,
-            plugins: plugins.join(","),
+            node: Some(node),
             url: String::new(),
-            _parent: parent,
         };
         broker.boot();
         broker
     }
 
+    fn node(&self) -> &Node {
+        self.node.as_ref().expect("only drop takes it")
+    }
+
     /// Boots it, the first time or again, on the same port and with the same data.
     pub fn boot(&mut self) {
-        let output = self.script(&["start"]);
-        self.url = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        self.url = self.script(&["start"]).trim().to_owned();
     }
 
     /// Crashes it.
@@ -63,75 +99,109 @@ impl PrivateBroker {
 
     /// The Erlang VM's process.
     fn pid(&self) -> u32 {
-        String::from_utf8(self.script(&["pid"]).stdout)
-            .unwrap()
-            .trim()
-            .parse()
-            .unwrap()
+        self.script(&["pid"]).trim().parse().unwrap()
     }
 
     /// Runs rabbitmqctl; returns what it prints.
     pub fn ctl(&self, arguments: &[&str]) -> String {
-        String::from_utf8(self.script(&[&["ctl"], arguments].concat()).stdout).unwrap()
+        self.script(&[&["ctl"], arguments].concat())
     }
 
     /// Runs rabbitmqctl, which may fail.
     pub fn try_ctl(&self, arguments: &[&str]) -> Output {
-        self.run_script(&[&["ctl"], arguments].concat())
+        self.node().run_script(&[&["ctl"], arguments].concat())
+    }
+
+    /// Evaluates an Erlang expression in the broker, at once: rabbitmqctl takes a second to start.
+    pub fn eval(&self, expression: &str) -> String {
+        self.script(&["eval", &format!("{expression}.")])
     }
 
     /// Deletes every callback queue, as no operator could: they are exclusive.
     pub fn delete_callback_queues(&self) {
-        self.ctl(&["eval", &format!("{DELETE_CALLBACK_QUEUES}.")]);
+        self.eval(DELETE_CALLBACK_QUEUES);
     }
 
-    /// Does so several times a second, in the broker itself: rabbitmqctl takes a second to start.
-    pub fn delete_callback_queues_over_and_over(&self) {
-        let forever = format!(
-            "register(deleter, spawn(fun() -> \
-             [begin {DELETE_CALLBACK_QUEUES}, timer:sleep(300) end || _ <- lists:seq(1, 10000)] end))."
-        );
-        self.ctl(&["eval", &forever]);
+    fn script(&self, arguments: &[&str]) -> String {
+        self.node().script(arguments)
+    }
+}
+
+impl Drop for PrivateBroker {
+    fn drop(&mut self) {
+        let node = self.node.take();
+        if !thread::panicking() {
+            IDLE.lock().unwrap().extend(node);
+        }
+    }
+}
+
+impl Node {
+    /// One that runs with these plugins, and that no test has any more.
+    fn idle(plugins: &str) -> Option<Node> {
+        let mut idle = IDLE.lock().unwrap();
+        let found = idle.iter().rposition(|node| node.plugins == plugins)?;
+        Some(idle.swap_remove(found))
     }
 
-    /// Ends that.
-    pub fn leave_callback_queues_alone(&self) {
-        self.ctl(&["eval", "exit(whereis(deleter), kill)."]);
+    /// One that is not booted yet.
+    fn new(plugins: String) -> Node {
+        let folder = tempfile::tempdir().unwrap().keep();
+        // It stops the node when its stdin ends, which is when we drop it or do not exist any more.
+        // In a session of its own, because what ends this process can be a signal to the session.
+        let guard = Command::new("setsid")
+            .args(["sh", "-c", "cat; \"$0\" stop; rm -rf \"$1\""])
+            .args([&script(), &folder])
+            .env("BROKER_DIR", folder.join("broker"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Node {
+            folder,
+            plugins,
+            guard,
+        }
     }
 
-    fn script(&self, arguments: &[&str]) -> Output {
+    fn write_settings(&self, settings: &str) {
+        fs::write(self.folder.join("settings"), settings).unwrap();
+    }
+
+    fn script(&self, arguments: &[&str]) -> String {
         let output = self.run_script(arguments);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(
             output.status.success(),
             "scripts/broker {arguments:?}: {said}"
         );
-        output
+        String::from_utf8(output.stdout).unwrap()
     }
 
     fn run_script(&self, arguments: &[&str]) -> Output {
-        Command::new(root().join("scripts/broker"))
+        Command::new(script())
             .args(arguments)
-            .env("BROKER_DIR", &self.folder)
-            .env("BROKER_SETTINGS", self.folder.with_file_name("settings"))
+            .env("BROKER_DIR", self.folder.join("broker"))
+            .env("BROKER_SETTINGS", self.folder.join("settings"))
             .env("BROKER_PLUGINS", &self.plugins)
             .output()
             .unwrap()
     }
 }
 
+impl Drop for Node {
+    fn drop(&mut self) {
+        drop(self.guard.stdin.take());
+        let _ = self.guard.wait();
+    }
+}
+
+fn script() -> PathBuf {
+    root().join("scripts/broker")
+}
+
 /// An Erlang expression for the broker to evaluate.
 const DELETE_CALLBACK_QUEUES: &str = "[rabbit_amqqueue:delete(Q, false, false, <<\"test\">>) || \
     Q <- rabbit_amqqueue:list(<<\"/\">>), \
     binary:match(element(4, element(2, Q)), <<\"amq.gen-\">>) =/= nomatch]";
-
-impl Drop for PrivateBroker {
-    fn drop(&mut self) {
-        let _ = Command::new(root().join("scripts/broker"))
-            .arg("stop")
-            .env("BROKER_DIR", &self.folder)
-            .env("BROKER_SETTINGS", self.folder.with_file_name("settings"))
-            .env("BROKER_PLUGINS", &self.plugins)
-            .output();
-    }
-}
