@@ -34,7 +34,7 @@ test-with-broker: # each feature alone, then everything with all of them
 	$(CARGO) test --locked --no-default-features --features cli --lib --bins --test library
 	$(CARGO) test --locked --all-features
 
-chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
+chaos: ## seeded faults under load; a history that is judged (CHAOS_SECONDS=60, CHAOS_SEED=42, CHAOS_HISTORY=FILE)
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
 		$(CARGO) test --locked --release --test it chaos -- --nocapture
 
