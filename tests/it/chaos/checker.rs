@@ -422,7 +422,8 @@ fn is_server(party: Party) -> bool {
 fn aftermath(kind: FaultKind) -> Micros {
     use FaultKind as F;
     match kind {
-        // Everyone connects again: up to 5 s between two attempts, which can have begun just before.
+        // Everyone connects again, up to 5 s after the last attempt; servers, and then clients that
+        // wait for their queue.
         F::BrokerKilled
         | F::BrokerStopped
         | F::NodeKilled
@@ -436,7 +437,7 @@ fn aftermath(kind: FaultKind) -> Micros {
         | F::LineSilentToBroker
         | F::LineSilentFromBroker
         | F::LineThin
-        | F::MemoryAlarm => 10 * SECOND,
+        | F::MemoryAlarm => 12 * SECOND,
         // A server looks for the queue and declares it, a client looks after it again.
         F::QueueDeleted | F::ServerKilled | F::ServerStopped => 5 * SECOND,
         F::QueuePurged | F::MaxLengthPolicy | F::TtlPolicy | F::MachineStalled => NOISE,

@@ -13,6 +13,9 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// How often rabbitmqctl is tried.
+const ATTEMPTS: u32 = 3;
+
 /// The user as whom all clients and servers connect.
 const USER: &str = "chaos";
 
@@ -48,8 +51,8 @@ pub const WEATHER: [FaultKind; 7] = [
 
 /// In a run that is long enough, faults for so long, and then for so long none: what goes wrong
 /// then has no excuse.
-const STORM: u64 = 40;
-const CALM: u64 = 20;
+const STORM: u64 = 35;
+const CALM: u64 = 25;
 
 /// How often the machine is watched, and how late it must be to count as stalled.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -263,7 +266,7 @@ pub struct Operator<'h> {
 impl Operator<'_> {
     /// Makes the user, and tells everyone.
     pub fn introduce(&mut self) {
-        self.broker.ctl(&["add_user", USER, &self.password()]);
+        self.insist(&["add_user", USER, &self.password()]);
         self.permit();
         self.tell_password();
     }
@@ -279,8 +282,7 @@ impl Operator<'_> {
     }
 
     fn permit(&self) {
-        self.broker
-            .ctl(&["set_permissions", USER, ".*", ".*", ".*"]);
+        self.insist(&["set_permissions", USER, ".*", ".*", ".*"]);
     }
 
     /// Causes a fault, and ends it if it does not end by itself.
@@ -320,7 +322,7 @@ impl Operator<'_> {
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::ConnectionsClosed => {
-                self.broker.ctl(&["close_all_connections", "chaos"]);
+                self.insist(&["close_all_connections", "chaos"]);
                 Struck::all("all")
             }
             FaultKind::ConnectionClosed => self.close_one(rng),
@@ -334,9 +336,9 @@ impl Operator<'_> {
                 Struck::queue(queue, String::new())
             }
             FaultKind::MemoryAlarm => {
-                self.broker.ctl(&["set_vm_memory_high_watermark", "0"]);
+                self.insist(&["set_vm_memory_high_watermark", "0"]);
                 thread::sleep(time);
-                self.broker.ctl(&["set_vm_memory_high_watermark", "0.8"]);
+                self.insist(&["set_vm_memory_high_watermark", "0.8"]);
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::MaxLengthPolicy => {
@@ -352,16 +354,15 @@ impl Operator<'_> {
                 Struck::queue(queue, policy)
             }
             FaultKind::PermissionsTaken => {
-                self.broker.ctl(&["clear_permissions", USER]);
+                self.insist(&["clear_permissions", USER]);
                 thread::sleep(time);
                 self.permit();
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::PasswordRotated => {
                 self.passwords += 1;
-                self.broker
-                    .ctl(&["change_password", USER, &self.password()]);
-                self.broker.ctl(&["close_all_connections", "chaos"]);
+                self.insist(&["change_password", USER, &self.password()]);
+                self.insist(&["close_all_connections", "chaos"]);
                 thread::sleep(time);
                 self.tell_password();
                 Struck::all(format!("and told {time:?} later"))
@@ -370,8 +371,15 @@ impl Operator<'_> {
         }
     }
 
+    /// Runs rabbitmqctl, which gives up on a busy machine now and then.
+    fn insist(&self, arguments: &[&str]) {
+        let done = (0..ATTEMPTS).any(|_| self.broker.try_ctl(arguments).status.success());
+        assert!(done, "rabbitmqctl {} fails", arguments[0]);
+    }
+
     fn close_one(&self, rng: &mut StdRng) -> Struck {
-        let list = self.broker.ctl(&["-q", "list_connections", "pid"]);
+        let list = self.broker.try_ctl(&["-q", "list_connections", "pid"]);
+        let list = String::from_utf8(list.stdout).unwrap();
         let connections: Vec<_> = list.lines().filter(|line| line.starts_with('<')).collect();
         if let Some(connection) = connections.choose(rng) {
             // It may have ended meanwhile.
@@ -384,10 +392,9 @@ impl Operator<'_> {
     fn keep_policy(&self, queue: &str, policy: &str, time: Duration) {
         let pattern = format!("^{}$", queue.replace('.', "\\."));
         let name = "chaos";
-        self.broker
-            .ctl(&["set_policy", name, &pattern, policy, "--apply-to", "queues"]);
+        self.insist(&["set_policy", name, &pattern, policy, "--apply-to", "queues"]);
         thread::sleep(time);
-        self.broker.ctl(&["clear_policy", name]);
+        self.insist(&["clear_policy", name]);
     }
 }
 
