@@ -13,8 +13,13 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often rabbitmqctl is tried.
+/// How often the broker is told to do something.
 const ATTEMPTS: u32 = 3;
+
+/// What rabbitmqctl would have the broker do, which starts too slowly for that.
+const AUTH: &str = "rabbit_auth_backend_internal";
+const CLOSE_ALL: &str = r#"[catch rabbit_networking:close_connection(Connection, "chaos")
+    || Connection <- rabbit_networking:connections()]"#;
 
 /// The user as whom all clients and servers connect.
 const USER: &str = "chaos";
@@ -266,7 +271,10 @@ pub struct Operator<'h> {
 impl Operator<'_> {
     /// Makes the user, and tells everyone.
     pub fn introduce(&mut self) {
-        self.insist(&["add_user", USER, &self.password()]);
+        self.insist(&format!(
+            r#"ok = {AUTH}:add_user(<<"{USER}">>, <<"{}">>, <<"{USER}">>)"#,
+            self.password()
+        ));
         self.permit();
         self.tell_password();
     }
@@ -282,7 +290,10 @@ impl Operator<'_> {
     }
 
     fn permit(&self) {
-        self.insist(&["set_permissions", USER, ".*", ".*", ".*"]);
+        let all = r#"<<".*">>, <<".*">>, <<".*">>"#;
+        self.insist(&format!(
+            r#"ok = {AUTH}:set_permissions(<<"{USER}">>, <<"/">>, {all}, <<"{USER}">>)"#
+        ));
     }
 
     /// Causes a fault, and ends it if it does not end by itself.
@@ -322,23 +333,30 @@ impl Operator<'_> {
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::ConnectionsClosed => {
-                self.insist(&["close_all_connections", "chaos"]);
+                self.insist(CLOSE_ALL);
                 Struck::all("all")
             }
-            FaultKind::ConnectionClosed => self.close_one(rng),
-            // The queue may be gone already, with a broker just rebooted.
+            FaultKind::ConnectionClosed => {
+                let any = rng.random_range(0..1000);
+                self.insist(&format!(
+                    r#"All = rabbit_networking:connections(), One = 1 + {any} rem max(1, length(All)),
+                    catch rabbit_networking:close_connection(lists:nth(One, All), "chaos")"#
+                ));
+                Struck::all("one, it is not known whose")
+            }
             FaultKind::QueueDeleted => {
-                self.broker.try_ctl(&["delete_queue", &queue]);
+                let delete = r#"delete(Queue, false, false, <<"chaos">>)"#;
+                self.with_queue(&queue, delete);
                 Struck::queue(queue, String::new())
             }
             FaultKind::QueuePurged => {
-                self.broker.try_ctl(&["purge_queue", &queue]);
+                self.with_queue(&queue, "purge(Queue)");
                 Struck::queue(queue, String::new())
             }
             FaultKind::MemoryAlarm => {
-                self.insist(&["set_vm_memory_high_watermark", "0"]);
+                self.insist("ok = vm_memory_monitor:set_vm_memory_high_watermark(0.0)");
                 thread::sleep(time);
-                self.insist(&["set_vm_memory_high_watermark", "0.8"]);
+                self.insist("ok = vm_memory_monitor:set_vm_memory_high_watermark(0.8)");
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::MaxLengthPolicy => {
@@ -354,15 +372,20 @@ impl Operator<'_> {
                 Struck::queue(queue, policy)
             }
             FaultKind::PermissionsTaken => {
-                self.insist(&["clear_permissions", USER]);
+                self.insist(&format!(
+                    r#"ok = {AUTH}:clear_permissions(<<"{USER}">>, <<"/">>, <<"{USER}">>)"#
+                ));
                 thread::sleep(time);
                 self.permit();
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::PasswordRotated => {
                 self.passwords += 1;
-                self.insist(&["change_password", USER, &self.password()]);
-                self.insist(&["close_all_connections", "chaos"]);
+                self.insist(&format!(
+                    r#"ok = {AUTH}:change_password(<<"{USER}">>, <<"{}">>, <<"{USER}">>)"#,
+                    self.password()
+                ));
+                self.insist(CLOSE_ALL);
                 thread::sleep(time);
                 self.tell_password();
                 Struck::all(format!("and told {time:?} later"))
@@ -371,30 +394,31 @@ impl Operator<'_> {
         }
     }
 
-    /// Runs rabbitmqctl, which gives up on a busy machine now and then.
-    fn insist(&self, arguments: &[&str]) {
-        let done = (0..ATTEMPTS).any(|_| self.broker.try_ctl(arguments).status.success());
-        assert!(done, "rabbitmqctl {} fails", arguments[0]);
+    /// Has the broker evaluate an expression. On a busy machine it is not always there in time.
+    fn insist(&self, expression: &str) {
+        let done = (0..ATTEMPTS).any(|_| self.broker.try_eval(expression));
+        assert!(done, "the broker does not do what it is told");
     }
 
-    fn close_one(&self, rng: &mut StdRng) -> Struck {
-        let list = self.broker.try_ctl(&["-q", "list_connections", "pid"]);
-        let list = String::from_utf8(list.stdout).unwrap();
-        let connections: Vec<_> = list.lines().filter(|line| line.starts_with('<')).collect();
-        if let Some(connection) = connections.choose(rng) {
-            // It may have ended meanwhile.
-            self.broker
-                .try_ctl(&["close_connection", connection, "chaos"]);
-        }
-        Struck::all("one, it is not known whose")
+    /// Does something with a queue, unless it is gone already: with a broker just rebooted, say.
+    fn with_queue(&self, queue: &str, what: &str) {
+        self.insist(&format!(
+            r#"case rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue}">>)) of
+                {{ok, Queue}} -> rabbit_amqqueue:{what};
+                Gone -> Gone
+            end"#
+        ));
     }
 
     fn keep_policy(&self, queue: &str, policy: &str, time: Duration) {
-        let pattern = format!("^{}$", queue.replace('.', "\\."));
-        let name = "chaos";
-        self.insist(&["set_policy", name, &pattern, policy, "--apply-to", "queues"]);
+        let pattern = format!("^{queue}$");
+        let policy = policy.replace('"', r#"\""#);
+        self.insist(&format!(
+            r#"ok = rabbit_policy:parse_set(<<"/">>, <<"chaos">>, <<"{pattern}">>, <<"{policy}">>,
+                <<"0">>, <<"queues">>, <<"chaos">>)"#
+        ));
         thread::sleep(time);
-        self.insist(&["clear_policy", name]);
+        self.insist(r#"rabbit_policy:delete(<<"/">>, <<"chaos">>, <<"chaos">>)"#);
     }
 }
 

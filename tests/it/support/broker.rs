@@ -80,6 +80,11 @@ impl PrivateBroker {
         self.run_script(&[&["ctl"], arguments].concat())
     }
 
+    /// Has the broker evaluate an Erlang expression; whether it could.
+    pub fn try_eval(&self, expression: &str) -> bool {
+        self.run_script(&["eval", expression]).status.success()
+    }
+
     /// Deletes every callback queue, as no operator could: they are exclusive.
     pub fn delete_callback_queues(&self) {
         self.ctl(&["eval", &format!("{DELETE_CALLBACK_QUEUES}.")]);
