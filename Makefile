@@ -41,10 +41,11 @@ ten-ways: ## the runs of docs/ten-ways-it-breaks.md: what breaks the tutorial, a
 	@scripts/peers pika
 	@$(CARGO) build --locked --bins --examples
 	@scripts/broker with-broker scripts/ten-ways target/debug
+
 prove: ## search schedules of the hand-overs between threads, others each time (PROVE_SECONDS=600)
 	PROVE_FROM=$$(date +%s) scripts/prove $(PROVE_SECONDS)
 
-chaos: ## faults from a seeded schedule under load, and a table (CHAOS_SECONDS=60, CHAOS_SEED=42)
+chaos: ## seeded faults under load; a history that is judged (CHAOS_SECONDS=60, CHAOS_SEED=42, CHAOS_HISTORY=FILE)
 	CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) scripts/broker with-broker \
 		$(CARGO) test --locked --release --test it chaos -- --nocapture
 

@@ -1,133 +1,82 @@
-//! Everything at once: a steady load of checked calls from several clients, among them one with
-//! bodies of all sizes, one that takes its time for each answer, and one behind a slow line; three
-//! servers, and faults from a seeded schedule. `make chaos` runs it for a minute and prints the
-//! table; a short run is part of `make test`.
+//! Everything at once, and judged afterwards: clients of all kinds, servers in processes of their
+//! own, faults from seeded schedules at the broker, at the servers and on every line between, and a
+//! history of what each did. `make chaos` runs it for a minute; a short run is part of `make test`.
 //!
-//! The promise: with deadlines longer than the outages, nothing wrong, nothing lost, nothing hung.
+//! - `history`: what is written down, and where.
+//! - `checker`: the rules, and what breaks them. Begin here.
+//! - `faults`: what is done to the system.
+//! - `load`: the clients. `server`: the servers.
+//! - `report`: the table, and the stories of calls that broke a rule.
 
-use crate::fib;
-use crate::support::{Caller, PATIENCE, PrivateBroker, Process, SlowLine, fibrpc, server, unique};
-use fibrpc::{ClientStats, Request, Retry, Server};
+mod checker;
+mod faults;
+mod history;
+mod load;
+mod report;
+mod server;
+
+pub use checker::FIRST_SERVER;
+pub use faults::node_killed;
+pub use history::{Event, History, Party, now, path as history_path};
+pub use load::{Load, Manner};
+pub use server::{Kind, Role};
+
+use crate::support::{Line, PATIENCE, PrivateBroker, Weather, unique};
+use checker::{Case, Violation};
+use faults::{OPERATOR, Operator, Plan, WEATHER, Wire, storm, watch_for_stalls};
+use fibrpc::{ClientStats, Endpoints, Status};
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom;
-use rand::{RngExt, SeedableRng};
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the faults go on, unless `CHAOS_SECONDS` says otherwise; in any case until each kind
-/// has come once.
+/// How long the faults go on, unless `CHAOS_SECONDS` says otherwise.
 const SECONDS: u64 = 15;
 
-/// The schedule unless `CHAOS_SEED` says otherwise.
+/// The schedules, unless `CHAOS_SEED` says otherwise.
 const SEED: u64 = 42;
 
-/// What the clients are, by the queue that they call; the first is there three times.
-const KINDS: [Kind; 6] = [
-    Kind::Steady,
-    Kind::Steady,
-    Kind::Steady,
-    Kind::AllSizes,
-    Kind::SlowCaller,
-    Kind::SlowLine,
-];
+/// The longest body that the broker takes, in bytes: what RabbitMQ 4 takes unless told otherwise.
+const BODY_MAX: u64 = 16 << 20;
 
-/// The longest body, in bytes; that behind a slow line; and what such a line passes on, in bytes a
-/// second.
-const BODY_MAX: usize = 8 << 20;
-const SLOW_BODY_MAX: usize = 256 << 10;
+/// What a line that is always slow passes on, in bytes a second.
 const SLOW_RATE: usize = 4 << 20;
 
-/// Each call's deadline: longer than any outage, which is at most a broker's reboot on a busy
-/// machine and the two waits between attempts to connect.
-const TIMEOUT: Duration = Duration::from_secs(90);
-
-/// A purged or deleted queue takes its requests along; this is when they are sent again.
-const RESEND_AFTER: Duration = Duration::from_secs(2);
-
+/// The queues: of servers that may be killed, of one in this process, and of one that takes more
+/// requests than it can begin in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Fault {
-    ServerKilled,
-    BrokerKilled,
-    BrokerStopped,
-    ConnectionsClosed,
-    QueueDeleted,
-    QueuePurged,
-    MemoryAlarm,
+enum Queue {
+    Main,
+    Echo,
+    Lazy,
 }
 
-const FAULTS: [Fault; 7] = [
-    Fault::ServerKilled,
-    Fault::BrokerKilled,
-    Fault::BrokerStopped,
-    Fault::ConnectionsClosed,
-    Fault::QueueDeleted,
-    Fault::QueuePurged,
-    Fault::MemoryAlarm,
+/// The clients.
+const CLIENTS: [(&str, Manner, Queue); 10] = [
+    ("steady 1", Manner::Steady, Queue::Main),
+    ("steady 2", Manner::Steady, Queue::Main),
+    ("slow caller", Manner::SlowCaller, Queue::Main),
+    ("all sizes", Manner::AllSizes, Queue::Echo),
+    ("slow line", Manner::SlowLine, Queue::Echo),
+    ("hasty 1", Manner::Hasty, Queue::Main),
+    ("hasty 2", Manner::Hasty, Queue::Echo),
+    ("confirming", Manner::Confirming, Queue::Main),
+    ("impatient", Manner::Impatient, Queue::Lazy),
+    ("visitor", Manner::Visitor, Queue::Main),
 ];
 
-/// What a client asks for, and how.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Fibonacci numbers.
-    Steady,
-    /// The same, and takes up to 0.2 s for each answer.
-    SlowCaller,
-    /// Bodies of any length, which come back as they are.
-    AllSizes,
-    /// Shorter ones, by a slow line.
-    SlowLine,
-}
-
-impl Kind {
-    /// Whether it wants its own bodies back.
-    fn is_echo(self) -> bool {
-        matches!(self, Kind::AllSizes | Kind::SlowLine)
-    }
-
-    /// How many calls it has in flight.
-    fn window(self) -> usize {
-        match self {
-            Kind::Steady | Kind::SlowCaller => 8,
-            Kind::AllSizes | Kind::SlowLine => 2,
-        }
-    }
-
-    /// A request, and the answer to it.
-    fn ask(self, rng: &mut StdRng) -> (Vec<u8>, Vec<u8>) {
-        let body_max = match self {
-            Kind::Steady | Kind::SlowCaller => {
-                let n = rng.random_range(0..=fib::FAST_N_MAX);
-                let answer = fib::fast(n).unwrap().to_string();
-                return (n.to_string().into(), answer.into());
-            }
-            Kind::AllSizes => BODY_MAX,
-            Kind::SlowLine => SLOW_BODY_MAX,
-        };
-        // As many of one length as of twice that.
-        let longest = (body_max as f64).log2();
-        let len = rng.random_range(-1.0..=longest).exp2() as usize;
-        let (first, step) = (rng.random::<u8>(), rng.random::<u8>());
-        let body: Vec<u8> = (0..len)
-            .map(|at| first.wrapping_add(step.wrapping_mul((at >> 4) as u8)))
-            .collect();
-        (body.clone(), body)
-    }
-}
-
-/// What became of one client's calls.
-#[derive(Debug, Default)]
-pub struct Tally {
-    pub made: u64,
-    /// What came back of it, in bytes.
-    bytes: u64,
-    pub right: u64,
-    pub wrong: u64,
-    pub failed: BTreeMap<String, u64>,
-    overrun: Duration,
-    longest: Duration,
-}
+/// The servers: with how many workers each, and how many requests given to each ahead.
+const SERVERS: [(&str, Queue, usize, u16); 4] = [
+    ("server 1", Queue::Main, 2, 1),
+    ("server 2", Queue::Main, 2, 4),
+    ("lazy server", Queue::Lazy, 1, 16),
+    ("server in this process", Queue::Echo, 2, 1),
+];
 
 pub fn from_environment(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| {
@@ -136,230 +85,183 @@ pub fn from_environment(name: &str, default: u64) -> u64 {
     })
 }
 
-/// Calls, and checks every answer, until it is over; `answered` is told how long each took.
-pub fn load(
-    client: &Caller,
-    kind: Kind,
-    seed: u64,
-    over: &AtomicBool,
-    answered: impl Fn(Duration),
-) -> Tally {
-    let mut rng = StdRng::seed_from_u64(seed);
-    let mut tally = Tally::default();
-    let mut calls = client.client.calls();
-    loop {
-        while calls.len() < kind.window() && !over.load(Ordering::Relaxed) {
-            let (body, expected) = kind.ask(&mut rng);
-            calls.submit(expected, client.request().body(body));
-            tally.made += 1;
-        }
-        let Some(answer) = calls.next() else {
-            return tally;
-        };
-        answered(answer.latency);
-        tally.overrun = tally.overrun.max(answer.latency.saturating_sub(TIMEOUT));
-        tally.longest = tally.longest.max(answer.latency);
-        match answer.result {
-            Ok(reply) if reply.body == answer.key => {
-                tally.right += 1;
-                tally.bytes += reply.body.len() as u64;
-            }
-            Ok(_) => tally.wrong += 1,
-            Err(error) => *tally.failed.entry(error.to_string()).or_default() += 1,
-        }
-        if kind == Kind::SlowCaller {
-            thread::sleep(Duration::from_millis(rng.random_range(0..200)));
-        }
-    }
+/// The queues' names, and what they are declared as.
+fn queues(broker: &PrivateBroker) -> BTreeMap<Queue, (String, Kind)> {
+    let status = Status::of(&broker.url, "fibrpc.test.chaos", PATIENCE).unwrap();
+    // RabbitMQ 3 and its version. Later ones may refuse transient queues.
+    let transient = match status.broker.starts_with("RabbitMQ 3.") {
+        true => Kind::Transient,
+        false => Kind::Classic,
+    };
+    BTreeMap::from([
+        (Queue::Main, (unique("chaos"), transient)),
+        (Queue::Echo, (unique("chaos-echo"), Kind::Classic)),
+        (Queue::Lazy, (unique("chaos-lazy"), Kind::Quorum)),
+    ])
 }
 
-/// The part that is harmed.
-struct System {
-    broker: PrivateBroker,
-    queue: String,
-    /// The queue of a server that sends back what it gets.
-    echo: String,
-    servers: Vec<Process>,
-    rng: StdRng,
+/// How a party reaches the broker.
+fn wire(broker: &PrivateBroker, folder: &Path, party: Party, manner: Option<Manner>) -> Wire {
+    let usual = match manner {
+        Some(Manner::SlowLine) => Weather::slow(SLOW_RATE, Duration::ZERO),
+        _ => Weather::default(),
+    };
+    let wire = Wire {
+        party,
+        line: Line::open(&broker.url),
+        url_file: folder.join(format!("url-{party}")),
+        usual,
+        // Half of them notice within a silence that nothing comes any more.
+        heartbeat: if party.is_multiple_of(2) { 3 } else { 10 },
+    };
+    wire.reset();
+    wire
 }
 
-impl System {
-    fn start_server(&self) -> Process {
-        let arguments = [
-            "server",
-            "--workers",
-            "2",
-            "--quiet",
-            "--algorithm",
-            "fast",
-            "--connect-timeout",
-            "2m",
-        ];
-        Process::spawn(fibrpc(&self.broker.url, &self.queue).args(arguments))
-    }
-
-    fn any_queue(&mut self) -> String {
-        let queues = [&self.queue, &self.echo];
-        (*queues.choose(&mut self.rng).unwrap()).clone()
-    }
-
-    fn inflict(&mut self, fault: Fault) {
-        let while_it_lasts = Duration::from_millis(self.rng.random_range(500..3000));
-        match fault {
-            Fault::ServerKilled => {
-                let victim = self.rng.random_range(0..self.servers.len());
-                self.servers[victim].signal("KILL");
-                self.servers[victim] = self.start_server();
-            }
-            Fault::BrokerKilled => {
-                self.broker.kill();
-                self.broker.boot();
-            }
-            Fault::BrokerStopped => {
-                self.broker.freeze();
-                thread::sleep(while_it_lasts);
-                self.broker.thaw();
-            }
-            Fault::ConnectionsClosed => drop(self.broker.ctl(&["close_all_connections", "chaos"])),
-            // The queue may be gone already, with a broker just rebooted.
-            Fault::QueueDeleted => {
-                let queue = self.any_queue();
-                self.broker.try_ctl(&["delete_queue", &queue]);
-            }
-            Fault::QueuePurged => {
-                let queue = self.any_queue();
-                self.broker.try_ctl(&["purge_queue", &queue]);
-            }
-            Fault::MemoryAlarm => {
-                self.broker.ctl(&["set_vm_memory_high_watermark", "0"]);
-                thread::sleep(while_it_lasts);
-                self.broker.ctl(&["set_vm_memory_high_watermark", "0.8"]);
-            }
-        }
-    }
+/// Everyone, with their numbers.
+fn parties() -> impl Iterator<Item = (Party, &'static str, Queue, Option<Manner>)> {
+    let clients = (1..).zip(CLIENTS);
+    let clients = clients.map(|(party, (name, manner, queue))| (party, name, queue, Some(manner)));
+    let servers = (FIRST_SERVER..).zip(SERVERS);
+    clients.chain(servers.map(|(party, (name, queue, ..))| (party, name, queue, None)))
 }
 
 #[test]
-fn with_deadlines_longer_than_the_outages_nothing_is_wrong_lost_or_hung() {
+fn what_every_client_and_server_did_under_faults_is_as_promised() {
     let seconds = from_environment("CHAOS_SECONDS", SECONDS);
     let seed = from_environment("CHAOS_SEED", SEED);
-    let broker = PrivateBroker::start();
-    let queue = unique("chaos");
-    let servers = (0..2)
-        .map(|_| {
-            server(
-                &broker.url,
-                &queue,
-                &["--workers", "2", "--quiet", "--algorithm", "fast"],
-            )
-        })
+    let path = history_path(&format!("seed-{seed}"));
+    let history = Arc::new(History::create(&path));
+    let folder = tempfile::tempdir().unwrap();
+    let broker = PrivateBroker::configured(&format!("max_message_size = {BODY_MAX}\n"), &[]);
+    let queues = queues(&broker);
+    let wires: Vec<Wire> = parties()
+        .map(|(party, _, _, manner)| wire(&broker, folder.path(), party, manner))
         .collect();
-    let echo = unique("chaos-echo");
-    let echoing = Server::new(&broker.url).unwrap().queue(&echo).workers(2);
-    let echoing = echoing.start(|request: &Request| Ok(request.body().to_vec()));
-    let echoing = echoing.unwrap();
-    let line = SlowLine::both_ways(&broker.url, SLOW_RATE);
-    let mut system = System {
+    let mut operator = Operator {
+        history: &history,
         broker,
-        queue,
-        echo,
-        servers,
-        rng: StdRng::seed_from_u64(seed),
+        servers: Vec::new(),
+        queues: queues.values().map(|(name, _)| name.clone()).collect(),
+        wires: &wires,
+        passwords: 0,
     };
-    let url = system.broker.url.clone();
-    let (queue, echo) = (system.queue.clone(), system.echo.clone());
-    let over = AtomicBool::new(false);
-    let mut faults = BTreeMap::new();
-    let began = Instant::now();
-    let (tallies, stats): (Vec<Tally>, Vec<ClientStats>) = thread::scope(|scope| {
-        let loads: Vec<_> = (seed..)
-            .zip(KINDS)
-            .map(|(seed, kind)| {
-                let url = if kind == Kind::SlowLine {
-                    &line.url
-                } else {
-                    &url
-                };
-                let queue = if kind.is_echo() { &echo } else { &queue };
-                let over = &over;
-                scope.spawn(move || {
-                    let client = Caller::new(url, queue, |client| {
-                        client
-                            .timeout(TIMEOUT)
-                            .retry(Retry::Unanswered(RESEND_AFTER))
-                            .wait_for_server(true)
-                    });
-                    (load(&client, kind, seed, over, |_| ()), client.stats())
-                })
+    operator.introduce();
+    let url_file = |party| {
+        let wire = wires.iter().find(|wire| wire.party == party);
+        wire.unwrap().url_file.clone()
+    };
+    let role = |party: Party, (_, queue, workers, prefetch)| Role {
+        party,
+        queue: queues[&queue].0.clone(),
+        queue_type: queues[&queue].1,
+        workers,
+        prefetch,
+        url_file: url_file(party),
+        history: path.with_extension(format!("server-{party}")),
+    };
+    let mut roles: Vec<Role> = (FIRST_SERVER..)
+        .zip(SERVERS)
+        .map(|(party, server)| role(party, server))
+        .collect();
+    let here = roles.pop().unwrap().start(Arc::clone(&history)).unwrap();
+    operator.servers = roles.iter().map(Role::spawn).collect();
+    for server in &operator.servers {
+        server.wait_until_ready();
+    }
+    history.write(&Event::Run {
+        seed,
+        at: now(),
+        body_max: BODY_MAX,
+    });
+    for (party, name, queue, _) in parties() {
+        let (name, queue) = (name.to_owned(), queues[&queue].0.clone());
+        history.write(&Event::Party { party, name, queue });
+    }
+    let loads = (1..).zip(CLIENTS).map(|(party, (_, manner, queue))| Load {
+        history: &history,
+        party,
+        manner,
+        endpoints: Endpoints::from_file(url_file(party)).unwrap(),
+        confirms: manner == Manner::Confirming,
+        queue: queues[&queue].0.clone(),
+        body_max: BODY_MAX,
+        seed: seed.wrapping_add(u64::from(party)),
+    });
+    let plan = Plan {
+        began: Instant::now(),
+        seconds,
+    };
+    let harm = || {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut weather = StdRng::seed_from_u64(!seed);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                plan.follow(&WEATHER, &mut weather, |kind, rng| {
+                    storm(&history, &wires, kind, rng);
+                });
+            });
+            plan.follow(&OPERATOR, &mut rng, |kind, rng| operator.inflict(kind, rng));
+        });
+    };
+    let ((), stats) = under_load(&history, loads.collect(), |_| (), harm);
+    here.stop().unwrap();
+    for server in std::mem::take(&mut operator.servers) {
+        server.stop(PATIENCE);
+    }
+    drop(operator);
+    let others: Vec<_> = roles.iter().map(|role| role.history.clone()).collect();
+    let history = Arc::into_inner(history).expect("nobody writes any more");
+    let title = format!("chaos of {seconds} s, seed {seed}");
+    assert_right(history, &path, &others, &stats, &title);
+}
+
+/// Has clients call while harm is done; back when all of them have ended, with what the library
+/// says of them. `answered` is told how long each answer took.
+pub fn under_load<T>(
+    history: &History,
+    loads: Vec<Load<'_>>,
+    answered: impl Fn(Duration) + Sync,
+    harm: impl FnOnce() -> T,
+) -> (T, Vec<ClientStats>) {
+    let (over, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+    thread::scope(|scope| {
+        scope.spawn(|| watch_for_stalls(history, || ended.load(Ordering::Relaxed)));
+        let loads: Vec<_> = loads
+            .into_iter()
+            .map(|load| {
+                let (over, answered) = (&over, &answered);
+                scope.spawn(move || load.run(over, answered))
             })
             .collect();
         // Whatever happens to the schedule, the clients must come to an end.
-        let schedule = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            while began.elapsed() < Duration::from_secs(seconds) || faults.len() < FAULTS.len() {
-                thread::sleep(Duration::from_millis(system.rng.random_range(300..1500)));
-                // Every kind once, in an order of chance, before any comes again by chance.
-                let left: Vec<Fault> = FAULTS
-                    .into_iter()
-                    .filter(|fault| !faults.contains_key(fault))
-                    .collect();
-                let fault = *left
-                    .choose(&mut system.rng)
-                    .unwrap_or_else(|| FAULTS.choose(&mut system.rng).unwrap());
-                println!("{:5.1} s: {fault:?}", began.elapsed().as_secs_f64());
-                *faults.entry(fault).or_insert(0_u32) += 1;
-                system.inflict(fault);
-            }
-        }));
+        let harmed = catch_unwind(AssertUnwindSafe(harm));
         over.store(true, Ordering::Relaxed);
-        let ended = loads.into_iter().map(|load| load.join().unwrap()).unzip();
-        schedule.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        ended
-    });
-    let sum = |count: fn(&Tally) -> u64| tallies.iter().map(count).sum::<u64>();
-    let failed: Vec<_> = tallies.iter().flat_map(|tally| &tally.failed).collect();
-    let most = |time: fn(&Tally) -> Duration| tallies.iter().map(time).max().unwrap();
-    println!("\n| | chaos of {seconds} s, seed {seed} |\n|---|---|");
-    for (fault, count) in &faults {
-        println!("| fault: {fault:?} | {count} |");
-    }
-    for (kind, tally) in KINDS.iter().zip(&tallies) {
-        let (right, made, mib) = (tally.right, tally.made, tally.bytes >> 20);
-        println!("| {kind:?}: answered right, of calls made | {right} of {made}, {mib} MiB |");
-    }
-    println!("| calls made | {} |", sum(|tally| tally.made));
-    println!("| answered right | {} |", sum(|tally| tally.right));
-    println!("| answered wrong | {} |", sum(|tally| tally.wrong));
-    println!(
-        "| failed or timed out | {} |",
-        sum(|tally| tally.failed.values().sum())
-    );
-    println!(
-        "| connections made by {} clients | {} |",
-        KINDS.len(),
-        stats.iter().map(|s| s.connections).sum::<u64>()
-    );
-    println!(
-        "| requests sent again | {} |",
-        stats.iter().map(|s| s.republished).sum::<u64>()
-    );
-    println!(
-        "| duplicate replies dropped | {} |",
-        stats.iter().map(|s| s.dropped_replies).sum::<u64>()
-    );
-    println!("| slowest call | {:.1?} |", most(|tally| tally.longest));
-    println!(
-        "| longest overrun of a deadline | {:.1?} |\n",
-        most(|tally| tally.overrun)
-    );
-    assert_eq!(failed, Vec::<(&String, &u64)>::new());
-    assert_eq!(sum(|tally| tally.wrong), 0);
-    assert_eq!(sum(|tally| tally.right), sum(|tally| tally.made));
-    assert!(sum(|tally| tally.right) > 100, "it was a load");
-    echoing.stop().unwrap();
-    for server in &system.servers {
-        server.signal("TERM");
-    }
-    for server in &mut system.servers {
-        assert!(server.wait(PATIENCE).success());
-    }
+        let stats: Vec<_> = loads
+            .into_iter()
+            .map(thread::ScopedJoinHandle::join)
+            .collect();
+        ended.store(true, Ordering::Relaxed);
+        let harmed = harmed.unwrap_or_else(|panic| resume_unwind(panic));
+        let stats = stats.into_iter().flat_map(Result::unwrap).collect();
+        (harmed, stats)
+    })
+}
+
+/// Ends a history, judges what is in its file, and says what that is.
+pub fn assert_right(
+    history: History,
+    path: &Path,
+    others: &[PathBuf],
+    stats: &[ClientStats],
+    title: &str,
+) {
+    history.join(others);
+    let case = Case::of(history::read(path));
+    let violations: Vec<Violation> = case.violations();
+    report::print_table(&case, &violations, stats, title, path);
+    report::print_violations(&case, &violations);
+    assert!(case.calls.len() > 100, "it was a load");
+    let count = violations.len();
+    assert!(count == 0, "{count} violations, as told above");
 }

@@ -1,7 +1,7 @@
 //! What a broker allows, what somebody has set in it, and what comes of going beyond.
 
 use crate::support::{
-    Caller, PATIENCE, Peer, PrivateBroker, SlowLine, eventually, fibrpc, run, server, unique,
+    Caller, Line, PATIENCE, Peer, PrivateBroker, eventually, fibrpc, run, server, unique,
 };
 use amiquip::{AmqpProperties, AmqpValue, FieldTable, QueueDeclareOptions};
 use fibrpc::{
@@ -95,7 +95,7 @@ fn a_request_over_the_brokers_limit_ends_its_own_call_and_no_other() {
 #[test]
 fn a_request_over_the_limit_on_a_channel_that_is_used_no_more_ends_its_own_call_only() {
     let broker = PrivateBroker::configured(SMALL, &[]);
-    let line = SlowLine::start(&broker.url, 5 << 20, Duration::ZERO);
+    let line = Line::slow(&broker.url, 5 << 20, Duration::ZERO);
     let queue = unique("retired");
     let (serving, _) = serve(&broker.url, &queue, 2, obey);
     let client = Caller::new(&line.url, &queue, |client| client);

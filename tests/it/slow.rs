@@ -1,6 +1,6 @@
 //! What a slow line does to us: a large message takes seconds to leave.
 
-use crate::support::{Caller, PATIENCE, PrivateBroker, SlowLine, client, eventually, unique};
+use crate::support::{Caller, Line, PATIENCE, PrivateBroker, client, eventually, unique};
 use fibrpc::{Calls, Error, HandlerError, Request, Server};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -44,7 +44,7 @@ fn time_to_leave(line: &SlowLine, began: Instant) -> Duration {
 #[test]
 fn a_large_request_holds_neither_its_sender_nor_its_deadline() {
     let broker = broker();
-    let line = SlowLine::start(&broker.url, STEADY, Duration::ZERO);
+    let line = Line::slow(&broker.url, STEADY, Duration::ZERO);
     let queue = unique("slow-sender");
     let server = Server::new(&broker.url).unwrap().queue(&queue).workers(1);
     let _serving = server.start(|_| Ok("done")).unwrap();
@@ -67,7 +67,7 @@ fn a_large_request_holds_neither_its_sender_nor_its_deadline() {
 #[test]
 fn answers_come_while_a_large_request_leaves() {
     let broker = broker();
-    let line = SlowLine::start(&broker.url, STEADY, STILL);
+    let line = Line::slow(&broker.url, STEADY, STILL);
     let queue = unique("slow-request");
     let (begun, told) = mpsc::channel();
     let work = move |request: &Request| {
@@ -98,7 +98,7 @@ fn answers_come_while_a_large_request_leaves() {
 #[test]
 fn a_large_reply_holds_up_no_other_worker() {
     let broker = broker();
-    let line = SlowLine::start(&broker.url, FULL, STILL);
+    let line = Line::slow(&broker.url, FULL, STILL);
     let queue = unique("slow-reply");
     let begun = Arc::new(AtomicUsize::new(0));
     let answer = {
@@ -132,7 +132,7 @@ fn a_large_reply_holds_up_no_other_worker() {
 #[test]
 fn a_server_that_is_stopped_lets_a_large_reply_leave() {
     let broker = broker();
-    let line = SlowLine::start(&broker.url, FULL, STILL);
+    let line = Line::slow(&broker.url, FULL, STILL);
     let queue = unique("slow-drain");
     let server = Server::new(&*line.url).unwrap().queue(&queue).workers(2);
     let serving = server.start(|_| Ok(vec![1; LARGE / 2])).unwrap();

@@ -1,15 +1,15 @@
-//! What the tests need: the broker, a slow line to it, the binary as a process, and a bare AMQP
+//! What the tests need: the broker, a line to it, the binary as a process, and a bare AMQP
 //! peer.
 //!
 //! A broker is required. Without one every test fails, and says how to get one.
 
 mod broker;
+mod line;
 mod peer;
-mod slow_line;
 
 pub use broker::PrivateBroker;
+pub use line::{Line, Weather};
 pub use peer::{Message, Peer, RawPeer, long_string, short_string, swallow};
-pub use slow_line::SlowLine;
 
 use crossbeam_channel::{Receiver, unbounded};
 use fibrpc::{Client, ClientBuilder, Error, HandlerError, Request, Response, Server, Serving};

@@ -2,7 +2,7 @@
 
 mod files;
 
-use crate::support::{PATIENCE, PrivateBroker, SlowLine, fibrpc, run, server, unique};
+use crate::support::{Line, PATIENCE, PrivateBroker, fibrpc, run, server, unique};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     date_time_ymd,
@@ -156,7 +156,7 @@ fn a_broker_with_the_right_certificate_is_used_by_name_and_by_address_and_others
 fn a_large_request_by_a_slow_line_holds_neither_its_sender_nor_its_deadline() {
     let broker = TlsBroker::start(&["127.0.0.1"], false, "");
     // It would take 12 s, in a write of seconds if TLS took it as a whole.
-    let line = SlowLine::start(&broker.url("127.0.0.1"), 10 << 20, Duration::ZERO);
+    let line = Line::slow(&broker.url("127.0.0.1"), 10 << 20, Duration::ZERO);
     let brokers: fibrpc::Endpoints = line.url.parse().unwrap();
     let brokers = brokers.with_tls(fibrpc::TlsOptions::new().ca_file(broker.ca()));
     let client = fibrpc::Client::new(brokers).unwrap();

@@ -114,7 +114,12 @@ impl PrivateBroker {
 
     /// Evaluates an Erlang expression in the broker, at once: rabbitmqctl takes a second to start.
     pub fn eval(&self, expression: &str) -> String {
-        self.script(&["eval", &format!("{expression}.")])
+        self.script(&["eval", expression])
+    }
+
+    /// Has the broker evaluate an Erlang expression; whether it could.
+    pub fn try_eval(&self, expression: &str) -> bool {
+        self.node().run_script(&["eval", expression]).status.success()
     }
 
     /// Deletes every callback queue, as no operator could: they are exclusive.
