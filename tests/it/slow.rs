@@ -36,7 +36,7 @@ fn submit_large<'c>(caller: &'c Caller, timeout: Duration) -> (Calls<'c, ()>, In
 }
 
 /// How long a large request has taken to leave.
-fn time_to_leave(line: &SlowLine, began: Instant) -> Duration {
+fn time_to_leave(line: &Line, began: Instant) -> Duration {
     eventually("it has left", || line.passed() >= LARGE);
     began.elapsed()
 }

@@ -595,7 +595,8 @@ mod tests {
     #[test]
     fn an_answer_that_nobody_has_worked_out_is_found() {
         let end = answered(12 * SECOND);
-        assert_eq!(broken(called(), &[], &[end.clone()], &[]), [Rule::Executed]);
+        let ends = std::slice::from_ref(&end);
+        assert_eq!(broken(called(), &[], ends, &[]), [Rule::Executed]);
         let later = began(13 * SECOND);
         assert_eq!(broken(called(), &[later], &[end], &[]), [Rule::Executed]);
     }

@@ -107,11 +107,6 @@ impl PrivateBroker {
         self.script(&[&["ctl"], arguments].concat())
     }
 
-    /// Runs rabbitmqctl, which may fail.
-    pub fn try_ctl(&self, arguments: &[&str]) -> Output {
-        self.node().run_script(&[&["ctl"], arguments].concat())
-    }
-
     /// Evaluates an Erlang expression in the broker, at once: rabbitmqctl takes a second to start.
     pub fn eval(&self, expression: &str) -> String {
         self.script(&["eval", expression])
