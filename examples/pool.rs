@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const THREADS: u32 = 16;
-const CALLS: u32 = 1_000;
+const CALLS: u32 = 200;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let broker = std::env::var("AMQP_URL").unwrap_or("amqp://localhost".to_owned());

@@ -52,7 +52,7 @@ fn the_readme_shows_the_example_as_it_is() {
 fn pool_shares_one_connection() {
     let pool = example("pool");
     assert!(
-        pool.stdout.starts_with("16 threads, 1000 calls each: "),
+        pool.stdout.starts_with("16 threads, 200 calls each: "),
         "{}",
         pool.stdout
     );

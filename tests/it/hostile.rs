@@ -33,9 +33,9 @@ fn bytes(rng: &mut StdRng, max: usize) -> Vec<u8> {
     // All at once: a call for each of some 70 million bytes would take a test's build a minute.
     let mut bytes = vec![0; len];
     match rng.random_range(0..3) {
-        0 => rng.fill(&mut *bytes),
+        0 => rng.fill(&mut bytes[..]),
         1 => {
-            rng.fill(&mut *bytes);
+            rng.fill(&mut bytes[..]);
             for byte in &mut bytes {
                 *byte = b' ' + *byte % 95;
             }
