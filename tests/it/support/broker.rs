@@ -114,7 +114,10 @@ impl PrivateBroker {
 
     /// Has the broker evaluate an Erlang expression; whether it could.
     pub fn try_eval(&self, expression: &str) -> bool {
-        self.node().run_script(&["eval", expression]).status.success()
+        self.node()
+            .run_script(&["eval", expression])
+            .status
+            .success()
     }
 
     /// Deletes every callback queue, as no operator could: they are exclusive.
