@@ -202,7 +202,10 @@ impl Case {
                     blame(Rule::Right, format!("it got the answer to call {to:?}"));
                 }
                 if !story.finished.iter().any(|&(_, at)| at <= ended.at) {
-                    blame(Rule::Executed, "nobody had executed it to its end".to_owned());
+                    blame(
+                        Rule::Executed,
+                        "nobody had executed it to its end".to_owned(),
+                    );
                 }
             }
             Outcome::Failed { kind, message } => {
