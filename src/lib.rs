@@ -72,7 +72,7 @@ mod status;
 
 mod amqp;
 
-#[cfg(any(test, fuzzing))]
+#[cfg(any(all(test, not(shuttle)), fuzzing))]
 pub mod bytes;
 
 #[cfg(all(test, shuttle))]

@@ -32,6 +32,11 @@ pub(crate) const FRAME_MIN: usize = 4096;
 /// otherwise. A broker that sets no limit would send each message in a single frame.
 pub(crate) const FRAME_MAX: usize = 128 << 10;
 
+/// The longest frame of a content header that we accept, in octets. RabbitMQ never splits one, and
+/// adds to one that a peer has filled up to [`FRAME_MAX`], when it dead-letters or redelivers the
+/// message. Who refused that would get it again on each connection.
+pub(crate) const HEADER_MAX: usize = 1 << 20;
+
 pub(crate) const CLASS_CHANNEL: u16 = 20;
 const CHANNEL_OPEN: u16 = 10;
 pub(crate) const CHANNEL_OPEN_OK: u16 = 11;

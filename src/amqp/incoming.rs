@@ -13,7 +13,7 @@ use crate::amqp::frame::{
     BASIC_ACK, BASIC_CANCEL, BASIC_CANCEL_OK, BASIC_CONSUME_OK, BASIC_DELIVER, BASIC_NACK,
     BASIC_QOS_OK, BASIC_RETURN, BODY, CHANNEL_CLOSE, CHANNEL_CLOSE_OK, CHANNEL_OPEN_OK,
     CLASS_BASIC, CLASS_CHANNEL, CLASS_CONFIRM, CLASS_QUEUE, CONFIRM_SELECT_OK, END, FRAME_MAX,
-    HEADER, METHOD, OVERHEAD, PREFIX_LEN, QUEUE_DECLARE_OK, reply_code,
+    HEADER, HEADER_MAX, METHOD, OVERHEAD, PREFIX_LEN, QUEUE_DECLARE_OK, reply_code,
 };
 use std::fmt;
 
@@ -224,11 +224,15 @@ pub(crate) fn frame_len(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
     {
         return Err(Malformed);
     }
-    let Some(([.., a, b, c, d], _)) = bytes.split_first_chunk::<PREFIX_LEN>() else {
+    let Some(([kind, _, _, a, b, c, d], _)) = bytes.split_first_chunk::<PREFIX_LEN>() else {
         return Ok(None);
     };
+    let max = match *kind {
+        HEADER => HEADER_MAX,
+        _ => FRAME_MAX,
+    };
     match u32::from_be_bytes([*a, *b, *c, *d]) as usize + OVERHEAD {
-        len if len <= FRAME_MAX => Ok(Some(len)),
+        len if len <= max => Ok(Some(len)),
         _ => Err(Malformed),
     }
 }
@@ -753,7 +757,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-#[cfg(any(test, fuzzing))]
+#[cfg(any(all(test, not(shuttle)), fuzzing))]
 impl Assembler {
     /// How much memory the messages hold that are not whole, in bytes.
     pub fn memory(&mut self) -> usize {

@@ -51,7 +51,7 @@ fn read(incoming: &Incoming) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::amqp::frame::{FRAME_MAX, HEADER, METHOD};
+    use crate::amqp::frame::{FRAME_MAX, HEADER, HEADER_MAX, METHOD};
     use crate::bytes::assembled::Assembled;
     use amq_protocol::frame::parse_frame;
 
@@ -99,15 +99,18 @@ mod tests {
     fn headers_that_fill_the_longest_frame_are_within_the_bounds() {
         // The shortest field, and the number that has the longest text.
         for field in [&b"\0t\x01"[..], b"\0d\0\0\0\0\0\0\0\x01"] {
-            let table = field.repeat((FRAME_MAX - 64) / field.len());
-            let len = (table.len() as u32).to_be_bytes();
-            let head = [&[0x20, 0], &len[..], &table].concat();
-            assert_eq!(bounded(&begun(1, 0, &head)).incoming.len(), 1);
+            let head = |max: usize| {
+                let table = field.repeat((max - 64) / field.len());
+                let len = (table.len() as u32).to_be_bytes();
+                [&[0x20, 0], &len[..], &table].concat()
+            };
+            assert_eq!(bounded(&begun(1, 0, &head(HEADER_MAX))).incoming.len(), 1);
+            let head = head(usize::from(u16::MAX));
             let message = [&(head.len() as u16).to_be_bytes()[..], &head].concat();
             crate::bytes::message::message(&message);
         }
-        let too_long = begun(1, 0, &vec![0; FRAME_MAX]);
-        assert!(bounded(&too_long).malformed);
+        assert!(bounded(&begun(1, 0, &vec![0; HEADER_MAX])).malformed);
+        assert!(bounded(&framed(METHOD, 1, &vec![0; FRAME_MAX])).malformed);
     }
 
     #[test]

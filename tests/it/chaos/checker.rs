@@ -28,9 +28,9 @@ pub enum Rule {
     InTime,
     /// An answer is the answer to its question.
     Right,
-    /// What is answered, a server has executed.
+    /// What is answered, a server has executed to its end.
     Executed,
-    /// What is executed, a client has sent, and before that.
+    /// What is executed, a client has sent, before that, and to a queue of that server.
     Sent,
     /// An execution does not begin after its caller's deadline, and the slack: see [`Case::slack`].
     NotTooLate,
@@ -201,9 +201,11 @@ impl Case {
                 if *answer != called.answer || *to != Some(called.call) {
                     blame(Rule::Right, format!("it got the answer to call {to:?}"));
                 }
-                let before = |began: &Began| began.at <= ended.at;
-                if !story.executions.iter().any(before) {
-                    blame(Rule::Executed, "nobody had executed it".to_owned());
+                if !story.finished.iter().any(|&(_, at)| at <= ended.at) {
+                    blame(
+                        Rule::Executed,
+                        "nobody had executed it to its end".to_owned(),
+                    );
                 }
             }
             Outcome::Failed { kind, message } => {
@@ -233,6 +235,10 @@ impl Case {
         }
         if began.at < called.at {
             blame(Rule::Sent, "it was executed before it was sent".to_owned());
+        }
+        if self.queue(began.server) != self.queue(called.client) {
+            let server = self.name(began.server);
+            blame(Rule::Sent, format!("{server} does not serve its queue"));
         }
         let Some(left) = began.left else {
             return blame(
@@ -484,6 +490,15 @@ mod tests {
         }
     }
 
+    /// Its handler takes half a second.
+    fn finished(began: &Began) -> Event {
+        Event::Finished {
+            call: began.call,
+            server: began.server,
+            at: began.at + SECOND / 2,
+        }
+    }
+
     fn ended(at: Micros, outcome: Outcome) -> Ended {
         Ended {
             call: CALL,
@@ -538,6 +553,7 @@ mod tests {
             .into_iter()
             .chain([Event::Called(called)])
             .chain(began.iter().cloned().map(Event::Began))
+            .chain(began.iter().map(finished))
             .chain(ended.iter().cloned().map(Event::Ended))
             .chain(more.iter().cloned());
         let violations = Case::of(events).violations();
@@ -597,8 +613,11 @@ mod tests {
         let end = answered(12 * SECOND);
         let ends = std::slice::from_ref(&end);
         assert_eq!(broken(called(), &[], ends, &[]), [Rule::Executed]);
-        let later = began(13 * SECOND);
-        assert_eq!(broken(called(), &[later], &[end], &[]), [Rule::Executed]);
+        // One began later, the other had not finished.
+        for at in [13 * SECOND, 12 * SECOND - SECOND / 4] {
+            let found = broken(called(), &[began(at)], ends, &[]);
+            assert_eq!(found, [Rule::Executed], "{at}");
+        }
     }
 
     #[test]
@@ -609,7 +628,9 @@ mod tests {
         unnamed.call = None;
         let mut altered = began(11 * SECOND);
         altered.question = 3;
-        for wrong in [unknown, unnamed, altered, began(9 * SECOND)] {
+        let mut elsewhere = began(11 * SECOND);
+        elsewhere.server = SERVER + 1;
+        for wrong in [unknown, unnamed, altered, elsewhere, began(9 * SECOND)] {
             let right = began(11 * SECOND);
             let all = [right, wrong];
             let mut repeated = called();

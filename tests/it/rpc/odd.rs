@@ -5,7 +5,7 @@ use crate::support::{
     PATIENCE, Peer, Process, RawPeer, client, fibrpc, local, long_string, server, short_string,
     unique, url,
 };
-use amiquip::QueueDeclareOptions;
+use amiquip::{AmqpValue, QueueDeclareOptions};
 use fibrpc::{Error, RemoteError};
 
 #[test]
@@ -169,6 +169,46 @@ fn properties_that_are_not_utf8_do_not_keep_a_request_from_its_answer() {
     raw.publish(&queue, REPLY_TO, &bad, b"10");
     raw.flush();
     assert_eq!(peer.ask(&queue, b"20", with_id("next")).body, b"6765");
+}
+
+#[test]
+fn a_request_whose_headers_the_broker_has_made_longer_than_a_frame_is_answered() {
+    let queue = unique("long-headers");
+    let _server = server(&url(), &queue, &["--quiet", "--workers", "1"]);
+    let peer = Peer::connect(&url());
+    // What comes here goes on to the server, with a header that says so.
+    let text = |text: &str| AmqpValue::LongString(text.to_owned());
+    let arguments = [
+        ("x-dead-letter-exchange", text("")),
+        ("x-dead-letter-routing-key", text(&queue)),
+        ("x-message-ttl", AmqpValue::LongInt(0)),
+    ];
+    let options = QueueDeclareOptions {
+        exclusive: true,
+        arguments: arguments
+            .map(|(name, value)| (name.to_owned(), value))
+            .into(),
+        ..QueueDeclareOptions::default()
+    };
+    let first = unique("dead-letters");
+    peer.channel.queue_declare(&*first, options).unwrap();
+    let callback = peer.callback_queue();
+    let reply_to = short_string(callback.as_bytes());
+    const HEADERS: u16 = 1 << 13;
+    const REPLY_TO: u16 = 1 << 9;
+    // As long a content header as the broker takes, with all that is around the text.
+    let around = 8 + 14 + 4 + 2 + 1 + 4 + reply_to.len();
+    let filling = long_string(&vec![b'x'; (128 << 10) - around]);
+    let headers = long_string(&[&b"\x01hS"[..], &filling].concat());
+    let mut raw = RawPeer::connect(&url());
+    raw.publish(
+        &first,
+        HEADERS | REPLY_TO,
+        &[&headers[..], &reply_to].concat(),
+        b"10",
+    );
+    raw.flush();
+    assert_eq!(peer.receive(&callback).body, b"55");
 }
 
 #[test]
