@@ -16,7 +16,7 @@ ROUNDS        ?= 5
 PROVE_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-with-broker ten-ways chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean prove
+.PHONY: help demo test test-with-broker ten-ways prove chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -20,6 +20,7 @@ const KEPT_MAX: usize = 16 << 20;
 /// What is kept, the latest last.
 static SPARES: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
+/// With std's mutex, also where schedules are searched: what is kept outlives each of them.
 fn spares() -> MutexGuard<'static, Vec<Vec<u8>>> {
     SPARES.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -535,7 +535,7 @@ impl Shared {
 
     /// Ends the pending calls for which `error` has one.
     pub fn fail_pending(&self, error: impl Fn(&Pending) -> Option<Error>) {
-        let mut requests = Vec::new();
+        let mut requests = Vec::new(); // dropped last, without the lock
         self.lock().pending.retain(|&id, pending| {
             let Some(error) = error(pending) else {
                 return true;

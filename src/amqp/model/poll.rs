@@ -133,12 +133,11 @@ pub(crate) mod unix {
         fn reregister(
             &self,
             poll: &Poll,
-            _: Token,
+            token: Token,
             interest: Ready,
             opts: PollOpt,
         ) -> io::Result<()> {
-            poll.arm(*self.0, interest, opts);
-            Ok(())
+            self.register(poll, token, interest, opts)
         }
 
         fn deregister(&self, poll: &Poll) -> io::Result<()> {
@@ -171,9 +170,14 @@ impl Evented for Registration {
         Ok(())
     }
 
-    fn reregister(&self, poll: &Poll, _: Token, interest: Ready, opts: PollOpt) -> io::Result<()> {
-        poll.arm(self.0, interest, opts);
-        Ok(())
+    fn reregister(
+        &self,
+        poll: &Poll,
+        token: Token,
+        interest: Ready,
+        opts: PollOpt,
+    ) -> io::Result<()> {
+        self.register(poll, token, interest, opts)
     }
 
     fn deregister(&self, poll: &Poll) -> io::Result<()> {

@@ -116,6 +116,12 @@ fn an_interrupted_call_ends_with_130_and_says_so() {
     }
 }
 
+/// A call that waits for a slow server, and prints the number alone.
+fn patient_call(queue: &str, n: &str) -> Process {
+    let call = ["call", "--timeout", "5m", "--output", "raw", n];
+    Process::spawn(fibrpc(&url(), queue).args(call))
+}
+
 #[test]
 fn a_server_ends_with_0_when_told_to_and_with_130_when_told_twice() {
     let queue = unique("signals");
@@ -125,14 +131,7 @@ fn a_server_ends_with_0_when_told_to_and_with_130_when_told_twice() {
         assert_eq!(idle.wait(PATIENCE).code(), Some(0), "{name}");
     }
     let mut busy = server(&url(), &queue, &["--workers", "1"]);
-    let call = Process::spawn(fibrpc(&url(), &queue).args([
-        "call",
-        "--timeout",
-        "5m",
-        "--output",
-        "raw",
-        "40",
-    ]));
+    let call = patient_call(&queue, "40");
     busy.wait_for(" [.] fib(40)");
     busy.signal("INT");
     // It has stopped consuming, and still computes.
@@ -149,14 +148,7 @@ fn a_server_ends_with_0_when_told_to_and_with_130_when_told_twice() {
 fn a_server_told_to_stop_answers_what_it_has_begun() {
     let queue = unique("finish");
     let mut busy = server(&url(), &queue, &["--workers", "1"]);
-    let call = Process::spawn(fibrpc(&url(), &queue).args([
-        "call",
-        "--timeout",
-        "5m",
-        "--output",
-        "raw",
-        "40",
-    ]));
+    let call = patient_call(&queue, "40");
     busy.wait_for(" [.] fib(40)");
     busy.signal("TERM");
     assert_eq!(call.line(), "102334155");
