@@ -74,7 +74,7 @@ lint: ## formatting, who imports whom, clippy, documentation, shell scripts; war
 	RUSTFLAGS="--cfg shuttle" $(CARGO) clippy --locked --no-default-features --lib --profile test \
 		--target-dir target/prove -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features --document-private-items
-	bash -n scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/fuzz \
+	bash -n scripts/apt.bash scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/fuzz \
 		scripts/peers scripts/prove scripts/prove-faults scripts/storeys scripts/ten-ways .ci/run
 
 build: ## the binary, target/release/fibrpc
