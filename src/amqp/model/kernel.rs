@@ -31,7 +31,7 @@ pub(crate) struct Pipe {
     pub leaving: Vec<u8>,
     /// How much of that there may be.
     pub room: usize,
-    /// The far end sends nothing more.
+    /// The far end is closed.
     pub ended: bool,
     /// Our end is shut.
     pub shut: bool,
