@@ -33,7 +33,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the faults go on, unless `CHAOS_SECONDS` says otherwise.
 const SECONDS: u64 = 15;
@@ -188,10 +188,7 @@ fn what_every_client_and_server_did_under_faults_is_as_promised() {
         body_max: BODY_MAX,
         seed: seed.wrapping_add(u64::from(party)),
     });
-    let plan = Plan {
-        began: Instant::now(),
-        seconds,
-    };
+    let plan = Plan::new(seconds);
     let harm = || {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut weather = StdRng::seed_from_u64(!seed);

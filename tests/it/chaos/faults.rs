@@ -3,18 +3,21 @@
 
 use crate::chaos::history::{Event, Fault, FaultKind, History, Micros, Party, now};
 use crate::chaos::server::ServerProcess;
-use crate::support::{Line, PrivateBroker, Weather};
+use crate::support::{Line, PATIENCE, PrivateBroker, Weather};
 use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use std::fs;
 use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often the broker is told to do something.
-const ATTEMPTS: u32 = 3;
+/// How often the broker is told again to do something that it has refused: the leader of a queue may
+/// not be elected yet.
+const TELL_AGAIN: Duration = Duration::from_millis(500);
 
 /// What rabbitmqctl would have the broker do, which starts too slowly for that.
 const AUTH: &str = "rabbit_auth_backend_internal";
@@ -64,15 +67,27 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 const STALL: Duration = Duration::from_secs(1);
 
 /// When there are faults.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Plan {
-    pub began: Instant,
-    pub seconds: u64,
+    began: Instant,
+    seconds: u64,
+    /// A fault could not be caused. What is broken beside that proves nothing.
+    failed: AtomicBool,
 }
 
 impl Plan {
-    pub fn is_over(&self) -> bool {
-        self.began.elapsed() >= Duration::from_secs(self.seconds)
+    /// From now on.
+    pub fn new(seconds: u64) -> Plan {
+        Plan {
+            began: Instant::now(),
+            seconds,
+            failed: AtomicBool::new(false),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+            || self.began.elapsed() >= Duration::from_secs(self.seconds)
     }
 
     fn is_calm(&self) -> bool {
@@ -98,7 +113,10 @@ impl Plan {
             }
             let kind = left.pop().unwrap();
             println!("{:6.1} s: {kind:?}", self.began.elapsed().as_secs_f64());
-            inflict(kind, rng);
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| inflict(kind, rng))) {
+                self.failed.store(true, Ordering::Relaxed);
+                resume_unwind(panic);
+            }
             thread::sleep(Duration::from_millis(rng.random_range(100..1000)));
         }
     }
@@ -394,10 +412,13 @@ impl Operator<'_> {
         }
     }
 
-    /// Has the broker evaluate an expression. On a busy machine it is not always there in time.
+    /// Has the broker evaluate an expression, as soon as it can.
     fn insist(&self, expression: &str) {
-        let done = (0..ATTEMPTS).any(|_| self.broker.try_eval(expression));
-        assert!(done, "the broker does not do what it is told");
+        let deadline = Instant::now() + PATIENCE;
+        while let Err(refusal) = self.broker.try_eval(expression) {
+            assert!(Instant::now() < deadline, "{expression}: {refusal}");
+            thread::sleep(TELL_AGAIN);
+        }
     }
 
     /// Does something with a queue, unless it is gone already: with a broker just rebooted, say.

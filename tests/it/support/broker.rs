@@ -112,12 +112,13 @@ impl PrivateBroker {
         self.script(&["eval", expression])
     }
 
-    /// Has the broker evaluate an Erlang expression; whether it could.
-    pub fn try_eval(&self, expression: &str) -> bool {
-        self.node()
-            .run_script(&["eval", expression])
-            .status
-            .success()
+    /// Has the broker evaluate an Erlang expression, which it may not be able to; then, why.
+    pub fn try_eval(&self, expression: &str) -> Result<(), String> {
+        let output = self.node().run_script(&["eval", expression]);
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
     }
 
     /// Deletes every callback queue, as no operator could: they are exclusive.
