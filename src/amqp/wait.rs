@@ -43,8 +43,8 @@ impl Wait {
     }
 }
 
-/// How long others may run on the core of a thread that spins, before that gives way. With one call
-/// in flight on two cores, server and broker need some 30 microseconds of it.
+/// How long others may run on the core of a thread that spins, before it counts that they have more
+/// than half of it. With one call in flight on two cores, server and broker need a fifth.
 const BUSY_TIME: Duration = Duration::from_micros(75);
 
 /// What takes longer between two questions is others' time.
@@ -83,7 +83,9 @@ impl Spin {
             if turn > TURN_TIME {
                 others += turn;
             }
-            if others > BUSY_TIME || now - began >= most {
+            let spun = now - began;
+            let is_needed_elsewhere = others > BUSY_TIME && others > spun / 2;
+            if is_needed_elsewhere || spun >= most {
                 self.pause = (2 * self.pause + 1).min(PAUSE_MAX);
                 self.paused = self.pause;
                 return None;
