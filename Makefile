@@ -16,7 +16,7 @@ ROUNDS        ?= 5
 PROVE_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-with-broker ten-ways prove chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
+.PHONY: help demo test test-with-broker coverage ten-ways prove chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ test-with-broker: # each feature alone, then everything with all of them
 	$(CARGO) test --locked --no-default-features --features json --lib --test library
 	$(CARGO) test --locked --no-default-features --features cli --lib --bins --test library
 	$(CARGO) test --locked --all-features
+
+coverage: ## which lines of src/ the tests reach, for each file, from a build of its own
+	@scripts/peers
+	@scripts/broker with-broker scripts/coverage
 
 ten-ways: ## the runs of docs/ten-ways-it-breaks.md: what breaks the tutorial, and what fibrpc does instead
 	@scripts/peers pika

@@ -6,7 +6,7 @@ mod silent;
 mod starting;
 
 use crate::support::{
-    Caller, PATIENCE, PrivateBroker, Process, client, eventually, fibrpc, server, unique, url,
+    Caller, PATIENCE, PrivateBroker, Process, Slow, client, eventually, fibrpc, server, unique, url,
 };
 use fibrpc::Error;
 use std::thread;
@@ -29,21 +29,22 @@ fn begin(client: &Caller, n: &str) -> thread::JoinHandle<Result<Vec<u8>, Error>>
 fn calls_and_server_survive_a_broker_killed_and_restarted() {
     let mut broker = PrivateBroker::start();
     let queue = unique("killed");
-    let server = server(&broker.url, &queue, &["--workers", "2"]);
+    let slow = Slow::new();
+    let server = slow.server(&broker.url, &queue, &["--workers", "2"]);
     let client = client(&broker.url, &queue, 2 * PATIENCE);
-    assert_eq!(client.call(b"10").unwrap(), b"55");
-    let slow = begin(&client, "40");
-    server.wait_for(" [.] fib(40)");
+    assert_eq!(client.call("first").unwrap(), b"first");
+    let begun = slow.begin(&client);
     broker.kill();
     let said = server.wait_for_stderr("lost the connection");
     assert!(said.contains("127.0.0.1"), "{said}");
     // One begun while there is no broker at all waits, too.
-    let late = begin(&client, "11");
+    let late = begin(&client, "late");
     server.wait_for_stderr("trying again");
     broker.boot();
-    assert_eq!(slow.join().unwrap().unwrap(), b"102334155");
-    assert_eq!(late.join().unwrap().unwrap(), b"89");
-    assert_eq!(client.call(b"12").unwrap(), b"144");
+    slow.release();
+    assert_eq!(begun.join().unwrap().unwrap(), b"slow");
+    assert_eq!(late.join().unwrap().unwrap(), b"late");
+    assert_eq!(client.call("last").unwrap(), b"last");
     assert_eq!(client.stats().connections, 2);
 }
 
@@ -51,15 +52,11 @@ fn calls_and_server_survive_a_broker_killed_and_restarted() {
 fn without_retry_a_lost_connection_ends_the_call_with_its_outcome_unknown() {
     let broker = PrivateBroker::start();
     let queue = unique("no-retry");
-    let server = server(&broker.url, &queue, &["--workers", "1"]);
-    let mut call = Process::spawn(fibrpc(&broker.url, &queue).args([
-        "call",
-        "--no-retry",
-        "--timeout",
-        "60s",
-        "44",
-    ]));
-    server.wait_for(" [.] fib(44)");
+    let slow = Slow::new();
+    let _server = slow.server(&broker.url, &queue, &["--workers", "1"]);
+    let request = ["request", "--no-retry", "--timeout", "60s", "slow"];
+    let mut call = Process::spawn(fibrpc(&broker.url, &queue).args(request));
+    slow.wait_until_begun();
     broker.kill();
     assert_eq!(call.wait(PATIENCE).code(), Some(7));
     let (_, stderr) = call.output();
@@ -73,23 +70,20 @@ fn without_retry_a_lost_connection_ends_the_call_with_its_outcome_unknown() {
 fn a_connection_closed_by_an_operator_is_made_again_and_calls_survive() {
     let broker = PrivateBroker::start();
     let queue = unique("operator");
-    // The broker must not give the server up while that is stopped.
-    let url = format!("{}?heartbeat=600", broker.url);
-    let server = server(&url, &queue, &["--workers", "1"]);
+    let slow = Slow::new();
+    let server = slow.server(&broker.url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, 2 * PATIENCE);
     for round in 1..=2 {
-        let slow = begin(&client, "41");
-        server.wait_for(" [.] fib(41)");
-        // rabbitmqctl takes a while; the answer must not be quicker.
-        server.signal("STOP");
+        slow.hold();
+        let begun = slow.begin(&client);
         broker.ctl(&["close_all_connections", "maintenance"]);
-        server.signal("CONT");
         let said = server.wait_for_stderr("lost the connection");
         assert!(
             said.contains("320") && said.contains("maintenance"),
             "{said}"
         );
-        assert_eq!(slow.join().unwrap().unwrap(), b"165580141", "round {round}");
+        slow.release();
+        assert_eq!(begun.join().unwrap().unwrap(), b"slow", "round {round}");
     }
     assert!(client.stats().republished >= 2, "{:?}", client.stats());
 }

@@ -14,12 +14,14 @@ pub use peer::{Message, Peer, RawPeer, long_string, short_string, swallow};
 use crossbeam_channel::{Receiver, unbounded};
 use fibrpc::{Client, ClientBuilder, Error, HandlerError, Request, Response, Server, Serving};
 use serde_json::Value;
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// How long anything in a test may take before it counts as hung. Generous: machines are shared. Less
 /// than the minute and more for which tests have somebody sleep who is not to be waited for.
@@ -236,6 +238,61 @@ pub fn server(url: &str, queue: &str, arguments: &[&str]) -> Process {
     let process = Process::spawn(fibrpc(url, queue).arg("server").args(arguments));
     assert_eq!(process.line(), " [x] Awaiting RPC requests");
     process
+}
+
+/// Server processes that answer with what they are asked; a request `slow` takes as long as the test
+/// wants, on any machine, because it waits for the test instead of computing something.
+pub struct Slow(TempDir);
+
+impl Slow {
+    const BODY: &str = "slow";
+
+    pub fn new() -> Slow {
+        let slow = Slow(tempfile::tempdir().unwrap());
+        slow.hold();
+        slow
+    }
+
+    /// Starts one; back when it consumes.
+    pub fn server(&self, url: &str, queue: &str, arguments: &[&str]) -> Process {
+        // It ends as well when the test has ended, and the folder is gone.
+        let line = r#"body=$(cat)
+            [ "$body" != slow ] || { touch "$0/begun"; while [ -e "$0/held" ]; do sleep 0.05; done; }
+            printf %s "$body""#;
+        let mut fibrpc = fibrpc(url, queue);
+        fibrpc.arg("reply").args(arguments);
+        let process = Process::spawn(fibrpc.args(["--", "sh", "-c", line]).arg(self.0.path()));
+        assert_eq!(process.line(), " [x] Awaiting RPC requests");
+        process
+    }
+
+    /// Calls for a slow answer; back when that is being made.
+    pub fn begin(&self, client: &Caller) -> JoinHandle<Result<Vec<u8>, Error>> {
+        let call = thread::spawn({
+            let client = client.clone();
+            move || client.call(Slow::BODY)
+        });
+        self.wait_until_begun();
+        call
+    }
+
+    /// Waits until another slow request is being executed than those waited for before.
+    pub fn wait_until_begun(&self) {
+        let begun = self.0.path().join("begun");
+        eventually("the slow request is executed", || begun.exists());
+        fs::remove_file(begun).unwrap();
+    }
+
+    /// Lets slow requests end, from now on.
+    pub fn release(&self) {
+        fs::remove_file(self.0.path().join("held")).unwrap();
+    }
+
+    /// Has the next slow requests wait.
+    pub fn hold(&self) {
+        let _ = fs::remove_file(self.0.path().join("begun"));
+        fs::write(self.0.path().join("held"), "").unwrap();
+    }
 }
 
 /// Starts a server of the library in this process; back when it consumes.

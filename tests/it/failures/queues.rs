@@ -2,7 +2,7 @@
 
 use super::{begin, patient_client};
 use crate::support::{
-    Caller, PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server,
+    Caller, PATIENCE, Peer, PrivateBroker, Process, Slow, client, eventually, fibrpc, run, server,
     unique, url,
 };
 use amiquip::QueueDeclareOptions;
@@ -14,18 +14,17 @@ use std::time::Duration;
 fn a_queue_deleted_under_a_running_server_is_declared_again() {
     let broker = PrivateBroker::start();
     let queue = unique("deleted");
-    let server = server(&broker.url, &queue, &["--workers", "4"]);
+    let slow = Slow::new();
+    let server = slow.server(&broker.url, &queue, &["--workers", "4"]);
     let client = patient_client(&broker.url, &queue);
-    assert_eq!(client.call(b"10").unwrap(), b"55");
+    assert_eq!(client.call("first").unwrap(), b"first");
     // One that is being executed is still answered.
-    let slow = begin(&client, "41");
-    server.wait_for(" [.] fib(41)");
-    server.signal("STOP");
+    let begun = slow.begin(&client);
     broker.ctl(&["delete_queue", &queue]);
-    server.signal("CONT");
     server.wait_for_stderr("declaring it again");
-    assert_eq!(client.call(b"11").unwrap(), b"89");
-    assert_eq!(slow.join().unwrap().unwrap(), b"165580141");
+    assert_eq!(client.call("next").unwrap(), b"next");
+    slow.release();
+    assert_eq!(begun.join().unwrap().unwrap(), b"slow");
     assert_eq!(
         client.stats().connections,
         1,
@@ -37,14 +36,13 @@ fn a_queue_deleted_under_a_running_server_is_declared_again() {
 fn a_callback_queue_deleted_by_an_operator_is_made_again_and_the_call_answered() {
     let broker = PrivateBroker::start();
     let queue = unique("callback-deleted");
-    let server = server(&broker.url, &queue, &["--workers", "1"]);
+    let slow = Slow::new();
+    let _server = slow.server(&broker.url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, 2 * PATIENCE);
-    let slow = begin(&client, "41");
-    server.wait_for(" [.] fib(41)");
-    server.signal("STOP");
+    let begun = slow.begin(&client);
     broker.delete_callback_queues();
-    server.signal("CONT");
-    assert_eq!(slow.join().unwrap().unwrap(), b"165580141");
+    slow.release();
+    assert_eq!(begun.join().unwrap().unwrap(), b"slow");
     assert_eq!(client.stats().connections, 2);
 }
 

@@ -2,7 +2,7 @@
 
 use super::with_id;
 use crate::support::{
-    PATIENCE, Peer, Process, client, eventually, fibrpc, local, run, server, swallow, unique, url,
+    PATIENCE, Peer, Slow, client, eventually, fibrpc, local, run, server, swallow, unique, url,
 };
 use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions, QueueDeleteOptions};
 use crossbeam_channel::bounded;
@@ -36,14 +36,15 @@ fn several_servers_share_the_load() {
 #[test]
 fn what_a_killed_server_had_not_acknowledged_is_delivered_again() {
     let queue = unique("redelivery");
-    let first = server(&url(), &queue, &["--workers", "1"]);
-    let url = url();
-    let call = Process::spawn(fibrpc(&url, &queue).args(["call", "--output", "raw", "40"]));
-    first.wait_for(" [.] fib(40)");
+    let slow = Slow::new();
+    let first = slow.server(&url(), &queue, &["--workers", "1"]);
+    let client = client(&url(), &queue, 2 * PATIENCE);
+    let begun = slow.begin(&client);
     first.signal("KILL");
-    let second = server(&url, &queue, &["--workers", "1"]);
-    second.wait_for(" [.] fib(40)");
-    assert_eq!(call.line(), "102334155");
+    let _second = slow.server(&url(), &queue, &["--workers", "1"]);
+    slow.wait_until_begun();
+    slow.release();
+    assert_eq!(begun.join().unwrap().unwrap(), b"slow");
 }
 
 #[test]
