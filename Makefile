@@ -14,6 +14,8 @@ CHAOS_SEED    ?= 42
 FUZZ_SECONDS  ?= 60
 ROUNDS        ?= 5
 PROVE_SECONDS ?= 600
+# Most tests wait, for a broker or a deadline: with more of them at a time than cores, the cores have work.
+export RUST_TEST_THREADS ?= 6
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-with-broker coverage ten-ways prove chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
