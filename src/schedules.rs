@@ -261,6 +261,17 @@ fn every_call_gets_its_own_answer() {
 }
 
 #[test]
+fn every_call_is_answered_though_the_connection_is_lost() {
+    explore(
+        "every_call_is_answered_though_the_connection_is_lost",
+        Time::StandsStill,
+        || {
+            call(Fate::Lost, is_own);
+        },
+    );
+}
+
+#[test]
 fn every_call_ends_though_the_connection_is_lost() {
     explore(
         "every_call_ends_though_the_connection_is_lost",

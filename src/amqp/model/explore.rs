@@ -45,9 +45,11 @@ pub(crate) fn explore(test: &str, time: Time, body: fn()) {
         number("PROVE_FROM", 1.0) as u64,
     );
     let (began, mut count) = (Instant::now(), 0);
-    for (seed, kind) in (from..).flat_map(|seed| KINDS.map(|kind| (seed, kind))) {
-        run(test, kind, seed, time, body);
-        count += SCHEDULES;
+    for seed in from.. {
+        for kind in KINDS {
+            run(test, kind, seed, time, body);
+            count += SCHEDULES;
+        }
         if began.elapsed() >= Duration::from_secs_f64(time_max) {
             break;
         }

@@ -12,8 +12,8 @@ use std::time::Duration;
 /// What a test wants of the clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Time {
-    /// No wait is over because of its time. So whatever is done is done because somebody was woken
-    /// for it.
+    /// No wait is over because of its time, but for a pause (`Receiver::recv_deadline`). So whatever
+    /// is done is done because somebody was woken for it.
     StandsStill,
     /// Any timed wait may be over at any moment.
     Passes,
@@ -118,6 +118,10 @@ impl World {
         }
     }
 
+    pub fn stands_still(&self) -> bool {
+        self.time == Time::StandsStill
+    }
+
     fn peek(&self) -> Duration {
         Duration::from_nanos(self.now.load(Ordering::Relaxed))
     }
@@ -183,7 +187,7 @@ impl Condvar {
         time: Duration,
     ) -> LockResult<(model::MutexGuard<'a, T>, ())> {
         let world = World::get();
-        if world.time == Time::StandsStill || time >= NEVER {
+        if world.stands_still() || time >= NEVER {
             return self
                 .0
                 .wait(guard)
