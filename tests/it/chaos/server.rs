@@ -105,8 +105,15 @@ pub struct ServerProcess {
 impl ServerProcess {
     pub fn wait_until_ready(&self) {
         let deadline = Instant::now() + READY_TIME;
-        while !self.process.line().contains(READY) {
-            assert!(Instant::now() < deadline, "the server cannot consume");
+        loop {
+            let line = self.process.line();
+            if line.contains(READY) {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the server cannot consume: {line}"
+            );
         }
     }
 

@@ -113,11 +113,12 @@ impl PrivateBroker {
     }
 
     /// Has the broker evaluate an Erlang expression, which it may not be able to; then, why.
-    pub fn try_eval(&self, expression: &str) -> Result<(), String> {
+    pub fn try_eval(&self, expression: &str) -> Result<String, String> {
         let output = self.node().run_script(&["eval", expression]);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         match output.status.success() {
-            true => Ok(()),
-            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+            true => Ok(text(&output.stdout)),
+            false => Err(text(&output.stderr)),
         }
     }
 
