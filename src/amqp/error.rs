@@ -40,7 +40,8 @@ impl Error {
 /// many things, so the text is looked at, too: it is that of RabbitMQ 3.10 to 4.3.
 pub(crate) fn way_out(close: &CloseReason) -> Option<&'static str> {
     use reply_code::{
-        ACCESS_REFUSED, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED, RESOURCE_LOCKED,
+        ACCESS_REFUSED, INTERNAL_ERROR, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED,
+        RESOURCE_LOCKED,
     };
     const WAYS_OUT: &[(u16, &str, &str)] = &[
         (
@@ -83,6 +84,13 @@ pub(crate) fn way_out(close: &CloseReason) -> Option<&'static str> {
             PRECONDITION_FAILED,
             "consumer prefetch count is not set",
             "it is a stream, which cannot be served; choose another name",
+        ),
+        (
+            // RabbitMQ 3.10 loses the process of a quorum queue if it is killed while it deletes it.
+            INTERNAL_ERROR,
+            "",
+            "its log has the cause; a queue that is 'down' for good (`rabbitmqctl list_queues name \
+             state`) has to be deleted",
         ),
         (
             NOT_ALLOWED,
@@ -196,6 +204,7 @@ mod tests {
                 "NOT_ALLOWED - access to vhost 'v' refused for user 'u'",
                 "set_permissions -p",
             ),
+            (541, "INTERNAL_ERROR", "list_queues"),
             (
                 530,
                 "NOT_ALLOWED - access to vhost 'v' refused for user 'u': connection limit (0) is reached",
@@ -233,7 +242,6 @@ mod tests {
             ),
             (404, "NOT_FOUND - no queue 'q' in vhost '/'"),
             (320, "CONNECTION_FORCED - by an operator"),
-            (541, "INTERNAL_ERROR"),
             (504, "CHANNEL_ERROR - expected 'channel.open'"),
         ] {
             let text = text.to_owned();
