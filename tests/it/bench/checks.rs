@@ -106,7 +106,7 @@ fn the_highest_rate_that_a_server_keeps_is_found() {
     let mut bench = Process::spawn(
         fibrpc(&url(), &queue)
             .arg("bench")
-            .args("--duration 1s --size 9 --output json --find-rate p99<20s".split(' ')),
+            .args("--duration 1s --connections 2 --size 9 --output json --find-rate p99<20s".split(' ')),
     );
     let code = bench.wait(4 * PATIENCE).code();
     let (stdout, stderr) = bench.output();
