@@ -1,6 +1,6 @@
 //! Which broker is connected to, and when.
 
-use crate::support::{Caller, PATIENCE, PrivateBroker, fibrpc, run, unique, url};
+use crate::support::{Caller, PATIENCE, PrivateBroker, fibrpc, order, run, unique, url};
 use fibrpc::{Endpoints, Error, Request, Server};
 use std::fs;
 use std::io::{Read, Write};
@@ -88,7 +88,7 @@ fn a_client_goes_back_to_the_broker_that_worked_last() {
     assert_eq!(client.call("1").unwrap(), b"1");
     let before = attempts.load(Ordering::SeqCst);
     for _ in 0..3 {
-        broker.ctl(&["close_all_connections", "test"]);
+        broker.eval(&order::close_connections("test"));
         assert_eq!(client.call("1").unwrap(), b"1");
     }
     assert!(client.stats().connections >= 4);
@@ -128,8 +128,8 @@ fn a_broker_that_closes_after_a_while_is_not_asked_again_and_again() {
 #[test]
 fn a_url_in_a_file_is_read_again_when_the_broker_is_lost() {
     let broker = PrivateBroker::start();
-    broker.ctl(&["add_user", "app", "before"]);
-    broker.ctl(&["set_permissions", "app", ".*", ".*", ".*"]);
+    broker.eval(&order::add_user("app", "before"));
+    broker.eval(&order::permit("app", order::ALL));
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("url");
     let write = |password: &str| {
@@ -150,8 +150,8 @@ fn a_url_in_a_file_is_read_again_when_the_broker_is_lost() {
         .build()
         .unwrap();
     assert_eq!(client.call(&queue, "1").unwrap().body, b"1");
-    broker.ctl(&["change_password", "app", "after"]);
-    broker.ctl(&["close_all_connections", "test"]);
+    broker.eval(&order::change_password("app", "after"));
+    broker.eval(&order::close_connections("test"));
     // The file is late, as secrets are.
     let late = thread::spawn(move || client.call(&queue, "2"));
     thread::sleep(Duration::from_secs(1));

@@ -6,7 +6,8 @@ mod silent;
 mod starting;
 
 use crate::support::{
-    Caller, PATIENCE, PrivateBroker, Process, Slow, client, eventually, fibrpc, server, unique, url,
+    Caller, PATIENCE, PrivateBroker, Process, Slow, client, eventually, fibrpc, order, server,
+    unique, url,
 };
 use fibrpc::Error;
 use std::thread;
@@ -76,7 +77,7 @@ fn a_connection_closed_by_an_operator_is_made_again_and_calls_survive() {
     for round in 1..=2 {
         slow.hold();
         let begun = slow.begin(&client);
-        broker.ctl(&["close_all_connections", "maintenance"]);
+        broker.eval(&order::close_connections("maintenance"));
         let said = server.wait_for_stderr("lost the connection");
         assert!(
             said.contains("320") && said.contains("maintenance"),
@@ -197,21 +198,15 @@ fn client_lifetimes_and_reconnects_leave_nothing_behind() {
     }
     // Its own callback queue deleted is the client's quickest way to lose its link.
     while lasting.stats().connections <= RECONNECTS {
-        broker.delete_callback_queues();
+        broker.eval(&order::delete_callback_queues());
         assert_eq!(lasting.call(b"2").unwrap(), b"1");
     }
     // It is connected only when it has to be.
     assert_eq!(lasting.call(b"2").unwrap(), b"1");
-    let count = |what: &str| broker.ctl(&["-q", what]).lines().count();
+    // Channels: two for the client, two for the workers.
     eventually("the broker has only what is in use", || {
-        (count("list_connections"), count("list_queues")) == (2 + 1, 2 + 1) // and a heading each
+        broker.eval(order::COUNT).trim() == "{2, 2, 4}"
     });
-    let channels = broker.ctl(&["-q", "list_channels", "pid"]).lines().count();
-    assert_eq!(
-        channels,
-        4 + 1,
-        "two for the client, two for the workers, a heading"
-    );
     if let Some(before) = before {
         // Other tests run in this process at the same time and have some of their own.
         let after = (descriptors().unwrap(), threads().unwrap());

@@ -1,7 +1,7 @@
 //! What a broker allows, what somebody has set in it, and what comes of going beyond.
 
 use crate::support::{
-    Caller, Line, PATIENCE, Peer, PrivateBroker, eventually, fibrpc, run, server, unique,
+    Caller, Line, PATIENCE, Peer, PrivateBroker, eventually, fibrpc, order, run, server, unique,
 };
 use amiquip::{AmqpProperties, AmqpValue, FieldTable, QueueDeclareOptions};
 use fibrpc::{
@@ -272,9 +272,9 @@ fn a_server_that_needs_more_channels_than_there_are_says_so() {
 #[test]
 fn a_question_that_costs_the_connection_is_not_asked_again() {
     let broker = PrivateBroker::start();
-    broker.ctl(&["add_user", "few", "secret-of-the-test"]);
-    broker.ctl(&["set_permissions", "few", ".*", ".*", ".*"]);
-    broker.ctl(&["set_user_limits", "few", r#"{"max-channels": 2}"#]);
+    broker.eval(&order::add_user("few", "secret-of-the-test"));
+    broker.eval(&order::permit("few", order::ALL));
+    broker.eval(&order::limit_channels("few", 2));
     let queue = unique("few-channels");
     let (serving, begun) = serve(&broker.url, &queue, 1, obey);
     let url = broker.url.replace("guest:guest", "few:secret-of-the-test");
@@ -392,14 +392,6 @@ fn a_request_that_no_room_is_enough_for_is_rejected_though_the_queue_is_empty() 
     }
 }
 
-/// An Erlang expression that has the broker suspend or resume the process of a queue.
-fn queue_process(action: &str, queue: &str) -> String {
-    format!(
-        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
-         sys:{action}(amqqueue:get_pid(Q))"
-    )
-}
-
 #[test]
 fn a_request_that_the_broker_does_not_confirm_is_sent_again() {
     let broker = PrivateBroker::start();
@@ -409,13 +401,13 @@ fn a_request_that_the_broker_does_not_confirm_is_sent_again() {
         client.confirms(Confirms::Always).timeout(2 * PATIENCE)
     });
     assert_eq!(client.call("1").unwrap(), b"1");
-    broker.eval(&queue_process("suspend", &queue));
+    broker.eval(&order::suspend_queue(&queue));
     let waiting = {
         let client = client.clone();
         thread::spawn(move || client.call("2"))
     };
     eventually("it is sent again", || client.stats().republished >= 2);
-    broker.eval(&queue_process("resume", &queue));
+    broker.eval(&order::resume_queue(&queue));
     assert_eq!(waiting.join().unwrap().unwrap(), b"2");
     assert_eq!(client.stats().connections, 1);
     eventually("each copy is executed", || begun.count() >= 3);
@@ -430,7 +422,7 @@ fn a_queue_that_does_not_answer_holds_up_nobody_who_calls_another() {
     let (second, begun) = serve(&broker.url, &queue, 1, obey);
     let client = Caller::new(&broker.url, &queue, |client| client);
     assert_eq!(client.client.call(&stuck, "1").unwrap().body, b"1");
-    broker.eval(&queue_process("suspend", &stuck));
+    broker.eval(&order::suspend_queue(&stuck));
     let short = client
         .client
         .request(&stuck)
@@ -452,6 +444,6 @@ fn a_queue_that_does_not_answer_holds_up_nobody_who_calls_another() {
     let missing = client.client.call(&unique("missing"), "1").unwrap_err();
     assert!(matches!(missing, Error::NoServer { .. }), "{missing}");
     assert_eq!((client.stats().connections, begun.count()), (1, 10));
-    broker.eval(&queue_process("resume", &stuck));
+    broker.eval(&order::resume_queue(&stuck));
     drop((first, second));
 }

@@ -5,6 +5,7 @@
 
 mod broker;
 mod line;
+pub mod order;
 mod peer;
 
 pub use broker::PrivateBroker;

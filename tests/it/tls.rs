@@ -2,7 +2,7 @@
 
 mod files;
 
-use crate::support::{Line, PATIENCE, PrivateBroker, fibrpc, run, server, unique};
+use crate::support::{Line, PATIENCE, PrivateBroker, fibrpc, order, run, server, unique};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     date_time_ymd,
@@ -274,10 +274,13 @@ fn a_client_certificate_is_shown_when_asked_for_and_can_stand_for_the_user() {
     // The user that the certificate names does not exist, and then it does.
     let external = format!("{url}?auth_mechanism=external");
     refused(&external, &ours, "certificate as a user");
-    broker._broker.ctl(&["add_user", "worker", "never used"]);
-    broker
-        ._broker
-        .ctl(&["set_permissions", "worker", ".*", ".*", ".*"]);
+    let orders = [
+        order::add_user("worker", "never used"),
+        order::permit("worker", order::ALL),
+    ];
+    for order in orders {
+        broker._broker.eval(&order);
+    }
     let call = run(fibrpc(&external, &queue).args(["call", "30"]).args(ours));
     assert!(call.stdout.contains("832040"), "{}", call.stderr);
 }

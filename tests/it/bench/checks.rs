@@ -103,11 +103,9 @@ fn the_highest_rate_that_a_server_keeps_is_found() {
         Ok(request.body().to_vec())
     };
     let _server = local(&queue, |server| server.workers(4).prefetch(2), handler);
-    let mut bench = Process::spawn(
-        fibrpc(&url(), &queue)
-            .arg("bench")
-            .args("--duration 1s --connections 2 --size 9 --output json --find-rate p99<20s".split(' ')),
-    );
+    let mut bench = Process::spawn(fibrpc(&url(), &queue).arg("bench").args(
+        "--duration 1s --connections 2 --size 9 --output json --find-rate p99<20s".split(' '),
+    ));
     let code = bench.wait(4 * PATIENCE).code();
     let (stdout, stderr) = bench.output();
     assert_eq!((code, stderr.as_str()), (Some(0), ""), "{stdout}");

@@ -3,7 +3,7 @@
 
 use crate::chaos::history::{Event, Fault, FaultKind, History, Micros, Party, now};
 use crate::chaos::server::ServerProcess;
-use crate::support::{Line, PATIENCE, PrivateBroker, Weather};
+use crate::support::{Line, PATIENCE, PrivateBroker, Weather, order};
 use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
@@ -21,11 +21,6 @@ const TELL_AGAIN: Duration = Duration::from_millis(500);
 
 /// How long a queue may take to elect its leader after a boot.
 const ELECTION_TIME: Duration = Duration::from_secs(5);
-
-/// What rabbitmqctl would have the broker do, which starts too slowly for that.
-const AUTH: &str = "rabbit_auth_backend_internal";
-const CLOSE_ALL: &str = r#"[catch rabbit_networking:close_connection(Connection, "chaos")
-    || Connection <- rabbit_networking:connections()]"#;
 
 /// The user as whom all clients and servers connect.
 const USER: &str = "chaos";
@@ -292,10 +287,7 @@ pub struct Operator<'h> {
 impl Operator<'_> {
     /// Makes the user, and tells everyone.
     pub fn introduce(&mut self) {
-        self.insist(&format!(
-            r#"ok = {AUTH}:add_user(<<"{USER}">>, <<"{}">>, <<"{USER}">>)"#,
-            self.password()
-        ));
+        self.insist(&order::add_user(USER, &self.password()));
         self.permit();
         self.tell_password();
     }
@@ -311,10 +303,7 @@ impl Operator<'_> {
     }
 
     fn permit(&self) {
-        let all = r#"<<".*">>, <<".*">>, <<".*">>"#;
-        self.insist(&format!(
-            r#"ok = {AUTH}:set_permissions(<<"{USER}">>, <<"/">>, {all}, <<"{USER}">>)"#
-        ));
+        self.insist(&order::permit(USER, order::ALL));
     }
 
     /// Causes a fault, and ends it if it does not end by itself.
@@ -355,7 +344,7 @@ impl Operator<'_> {
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::ConnectionsClosed => {
-                self.insist(CLOSE_ALL);
+                self.insist(&order::close_connections("chaos"));
                 Struck::all("all")
             }
             FaultKind::ConnectionClosed => {
@@ -367,18 +356,18 @@ impl Operator<'_> {
                 Struck::all("one, it is not known whose")
             }
             FaultKind::QueueDeleted => {
-                let delete = r#"delete(Queue, false, false, <<"chaos">>)"#;
-                self.with_queue(&queue, delete);
+                self.insist(&order::with_queue_if_there(&queue, order::DELETE));
                 Struck::queue(queue, String::new())
             }
             FaultKind::QueuePurged => {
-                self.with_queue(&queue, "purge(Queue)");
+                let purge = "rabbit_amqqueue:purge(Queue)";
+                self.insist(&order::with_queue_if_there(&queue, purge));
                 Struck::queue(queue, String::new())
             }
             FaultKind::MemoryAlarm => {
-                self.insist("ok = vm_memory_monitor:set_vm_memory_high_watermark(0.0)");
+                self.insist(&order::memory_alarm(true));
                 thread::sleep(time);
-                self.insist("ok = vm_memory_monitor:set_vm_memory_high_watermark(0.8)");
+                self.insist(&order::memory_alarm(false));
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::MaxLengthPolicy => {
@@ -394,20 +383,15 @@ impl Operator<'_> {
                 Struck::queue(queue, policy)
             }
             FaultKind::PermissionsTaken => {
-                self.insist(&format!(
-                    r#"ok = {AUTH}:clear_permissions(<<"{USER}">>, <<"/">>, <<"{USER}">>)"#
-                ));
+                self.insist(&order::forbid(USER));
                 thread::sleep(time);
                 self.permit();
                 Struck::all(format!("for {time:?}"))
             }
             FaultKind::PasswordRotated => {
                 self.passwords += 1;
-                self.insist(&format!(
-                    r#"ok = {AUTH}:change_password(<<"{USER}">>, <<"{}">>, <<"{USER}">>)"#,
-                    self.password()
-                ));
-                self.insist(CLOSE_ALL);
+                self.insist(&order::change_password(USER, &self.password()));
+                self.insist(&order::close_connections("chaos"));
                 thread::sleep(time);
                 self.tell_password();
                 Struck::all(format!("and told {time:?} later"))
@@ -442,21 +426,9 @@ impl Operator<'_> {
         }
         let left = count().unwrap_or(0);
         if left > 0 {
-            self.insist(&format!(
-                r#"[rabbit_amqqueue:delete(Queue, false, false, <<"chaos">>) || Queue <- {down}]"#
-            ));
+            self.insist(&format!("[{} || Queue <- {down}]", order::DELETE));
         }
         left
-    }
-
-    /// Does something with a queue, unless it is gone already: with a broker just rebooted, say.
-    fn with_queue(&self, queue: &str, what: &str) {
-        self.insist(&format!(
-            r#"case rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue}">>)) of
-                {{ok, Queue}} -> rabbit_amqqueue:{what};
-                Gone -> Gone
-            end"#
-        ));
     }
 
     fn keep_policy(&self, queue: &str, policy: &str, time: Duration) {

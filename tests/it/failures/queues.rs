@@ -2,8 +2,8 @@
 
 use super::{begin, patient_client};
 use crate::support::{
-    Caller, PATIENCE, Peer, PrivateBroker, Process, Slow, client, eventually, fibrpc, run, server,
-    unique, url,
+    Caller, PATIENCE, Peer, PrivateBroker, Process, Slow, client, eventually, fibrpc, order, run,
+    server, unique, url,
 };
 use amiquip::QueueDeclareOptions;
 use fibrpc::{Error, ReplyTo, Retry};
@@ -20,7 +20,7 @@ fn a_queue_deleted_under_a_running_server_is_declared_again() {
     assert_eq!(client.call("first").unwrap(), b"first");
     // One that is being executed is still answered.
     let begun = slow.begin(&client);
-    broker.ctl(&["delete_queue", &queue]);
+    broker.eval(&order::delete_queue(&queue));
     server.wait_for_stderr("declaring it again");
     assert_eq!(client.call("next").unwrap(), b"next");
     slow.release();
@@ -40,7 +40,7 @@ fn a_callback_queue_deleted_by_an_operator_is_made_again_and_the_call_answered()
     let _server = slow.server(&broker.url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, 2 * PATIENCE);
     let begun = slow.begin(&client);
-    broker.delete_callback_queues();
+    broker.eval(&order::delete_callback_queues());
     slow.release();
     assert_eq!(begun.join().unwrap().unwrap(), b"slow");
     assert_eq!(client.stats().connections, 2);
@@ -49,8 +49,8 @@ fn a_callback_queue_deleted_by_an_operator_is_made_again_and_the_call_answered()
 #[test]
 fn a_channel_error_is_told_and_the_server_comes_back_when_its_cause_is_gone() {
     let broker = PrivateBroker::start();
-    broker.ctl(&["add_user", "limited", "secret-of-the-test"]);
-    broker.ctl(&["set_permissions", "limited", ".*", "^$", ".*"]);
+    broker.eval(&order::add_user("limited", "secret-of-the-test"));
+    broker.eval(&order::permit("limited", [".*", "^$", ".*"]));
     let queue = unique("403");
     let url = broker
         .url
@@ -62,15 +62,15 @@ fn a_channel_error_is_told_and_the_server_comes_back_when_its_cause_is_gone() {
     let said = server.wait_for_stderr("lost a channel");
     assert!(said.contains("403"), "{said}");
     assert!(!said.contains("secret"), "{said}");
-    broker.ctl(&["set_permissions", "limited", ".*", ".*", ".*"]);
+    broker.eval(&order::permit("limited", order::ALL));
     assert_eq!(pending.join().unwrap().unwrap(), b"55");
 }
 
 #[test]
 fn a_caller_that_may_not_publish_is_told_at_once_what_it_lacks() {
     let broker = PrivateBroker::start();
-    broker.ctl(&["add_user", "limited", "secret-of-the-test"]);
-    broker.ctl(&["set_permissions", "limited", ".*", "^amq.gen", ".*"]);
+    broker.eval(&order::add_user("limited", "secret-of-the-test"));
+    broker.eval(&order::permit("limited", [".*", "^amq.gen", ".*"]));
     let url = broker
         .url
         .replace("guest:guest", "limited:secret-of-the-test");

@@ -2,7 +2,7 @@
 
 use super::begin;
 use crate::support::{
-    PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, run, server, unique,
+    PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, order, run, server, unique,
 };
 use amiquip::QueueDeclareOptions;
 use fibrpc::{Error, WaitingFor};
@@ -65,7 +65,7 @@ fn a_memory_alarm_is_named_by_the_timeout_and_over_when_it_is_over() {
     let server = server(&broker.url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, HURRY);
     assert_eq!(client.call(b"10").unwrap(), b"55");
-    broker.ctl(&["set_vm_memory_high_watermark", "0"]);
+    broker.eval(&order::memory_alarm(true));
     let began = Instant::now();
     match client.call(b"10") {
         Err(Error::Timeout {
@@ -82,7 +82,7 @@ fn a_memory_alarm_is_named_by_the_timeout_and_over_when_it_is_over() {
     assert_eq!(call.code(), Some(4));
     assert!(call.stderr.contains("blocked"), "{}", call.stderr);
     assert!(call.took < PATIENCE, "{:?}", call.took);
-    broker.ctl(&["set_vm_memory_high_watermark", "0.8"]);
+    broker.eval(&order::memory_alarm(false));
     eventually("the client is answered again", || {
         client.call(b"10").is_ok()
     });
@@ -98,7 +98,7 @@ fn what_is_submitted_while_the_broker_blocks_is_sent_in_time_or_never() {
     let server = server(&broker.url, &queue, &["--workers", "1"]);
     let caller = client(&broker.url, &queue, 2 * PATIENCE);
     assert_eq!(caller.call("10").unwrap(), b"55");
-    broker.ctl(&["set_vm_memory_high_watermark", "0"]);
+    broker.eval(&order::memory_alarm(true));
     // On a connection that was there before, and from processes that connect now. The broker says
     // that it blocks only in answer to a message: so on the first, fib(20) is sent, and may be
     // executed later.
@@ -124,7 +124,7 @@ fn what_is_submitted_while_the_broker_blocks_is_sent_in_time_or_never() {
     let patient = begin(&caller, "11");
     let process = Process::spawn(fibrpc(&broker.url, &queue).args(["call", "12"]));
     process.wait_for("Requesting");
-    broker.ctl(&["set_vm_memory_high_watermark", "0.8"]);
+    broker.eval(&order::memory_alarm(false));
     assert_eq!(patient.join().unwrap().unwrap(), b"89");
     process.wait_for(" [.] Got 144");
     assert_eq!(caller.call("13").unwrap(), b"233");

@@ -1,6 +1,6 @@
 //! A server's first start, which fails in time and says why.
 
-use crate::support::{PATIENCE, Peer, PrivateBroker, Process, fibrpc, run, unique};
+use crate::support::{PATIENCE, Peer, PrivateBroker, Process, fibrpc, order, run, unique};
 use amiquip::{ConsumerOptions, QueueDeclareOptions};
 use std::net::TcpListener;
 
@@ -23,8 +23,8 @@ fn a_server_that_was_never_connected_gives_up_with_exit_6() {
 #[test]
 fn a_server_that_cannot_serve_says_why_at_its_first_start_and_ends_with_6() {
     let broker = PrivateBroker::configured("channel_max = 8\n", &[]);
-    broker.ctl(&["add_user", "writer", "secret-of-the-test"]);
-    broker.ctl(&["set_permissions", "writer", ".*", ".*", "^$"]);
+    broker.eval(&order::add_user("writer", "secret-of-the-test"));
+    broker.eval(&order::permit("writer", [".*", ".*", "^$"]));
     let writer = broker
         .url
         .replace("guest:guest", "writer:secret-of-the-test");
@@ -84,10 +84,7 @@ fn a_first_start_ends_in_time_though_the_queue_does_not_answer() {
         .queue_declare(&*queue, QueueDeclareOptions::default())
         .unwrap();
     // The broker is alive, and the queue's process is not.
-    broker.eval(&format!(
-        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
-         sys:suspend(amqqueue:get_pid(Q))"
-    ));
+    broker.eval(&order::suspend_queue(&queue));
     let server = run(fibrpc(&broker.url, &queue).args(["server", "--connect-timeout", "2s"]));
     assert_eq!(server.code(), Some(6), "{}", server.stderr);
     assert!(

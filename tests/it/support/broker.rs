@@ -102,12 +102,7 @@ impl PrivateBroker {
         self.script(&["pid"]).trim().parse().unwrap()
     }
 
-    /// Runs rabbitmqctl; returns what it prints.
-    pub fn ctl(&self, arguments: &[&str]) -> String {
-        self.script(&[&["ctl"], arguments].concat())
-    }
-
-    /// Evaluates an Erlang expression in the broker, at once: rabbitmqctl takes a second to start.
+    /// Evaluates an Erlang expression in the broker ([`order`](super::order)); its value.
     pub fn eval(&self, expression: &str) -> String {
         self.script(&["eval", expression])
     }
@@ -120,11 +115,6 @@ impl PrivateBroker {
             true => Ok(text(&output.stdout)),
             false => Err(text(&output.stderr)),
         }
-    }
-
-    /// Deletes every callback queue, as no operator could: they are exclusive.
-    pub fn delete_callback_queues(&self) {
-        self.eval(DELETE_CALLBACK_QUEUES);
     }
 
     fn script(&self, arguments: &[&str]) -> String {
@@ -205,8 +195,3 @@ impl Drop for Node {
 fn script() -> PathBuf {
     root().join("scripts/broker")
 }
-
-/// An Erlang expression for the broker to evaluate.
-const DELETE_CALLBACK_QUEUES: &str = "[rabbit_amqqueue:delete(Q, false, false, <<\"test\">>) || \
-    Q <- rabbit_amqqueue:list(<<\"/\">>), \
-    binary:match(element(4, element(2, Q)), <<\"amq.gen-\">>) =/= nomatch]";
