@@ -66,7 +66,7 @@ fn a_command_that_outlives_its_caller_is_killed_with_all_it_has_started() {
         let callback = peer.callback_queue();
         let properties = AmqpProperties::default()
             .with_reply_to(callback.clone())
-            .with_expiration("1000".to_owned());
+            .with_expiration("3000".to_owned());
         peer.publish(&server.queue, b"slow\n", properties);
         server.wait_until_busy();
         server.wait_until_alone();
@@ -89,16 +89,28 @@ fn a_command_that_outlives_its_caller_is_killed_with_all_it_has_started() {
 
 #[test]
 fn a_drain_waits_for_commands_which_ctrl_c_does_not_reach() {
-    let server = Reply::shell("drain", "sleep 1; cat");
+    let held = tempfile::NamedTempFile::new().unwrap();
+    let wait = r#"while [ -e "$0" ]; do sleep 0.05; done; cat"#;
+    let path = held.path().to_str().unwrap();
+    let server = Reply::start("drain", &["--workers", "1"], &["sh", "-c", wait, path]);
     let client = server.client();
     let caller = thread::spawn(move || client.call("a"));
-    server.wait_until_busy();
+    let mut command = 0;
+    eventually(
+        "the command is a shell, no copy of the server any more",
+        || {
+            let others = server.others();
+            let shell = others.iter().find(|(_, name)| name.contains("(sh)"));
+            command = shell.map_or(0, |(pid, _)| *pid);
+            command != 0
+        },
+    );
     // As the terminal does: to the whole group of whoever runs in the foreground. The server is
     // not the leader of one here, and its command must not be in the server's.
-    let (command, _) = server.others()[0];
     assert_eq!(process_group(command), command);
     assert_ne!(process_group(command), process_group(server.process.pid()));
     server.process.signal("INT");
+    drop(held);
     assert_eq!(caller.join().unwrap().unwrap(), b"a");
     let mut process = server.process;
     assert_eq!(process.wait(PATIENCE).code(), Some(0));
@@ -182,7 +194,7 @@ fn after_a_second_signal_another_server_gets_the_requests() {
 
 #[test]
 fn a_terminal_that_is_gone_drains_and_leaves_no_command_behind() {
-    let options = ["--workers", "1", "--drain-timeout", "1s"];
+    let options = ["--workers", "1"];
     let sleeping = |nohup: &str| {
         let queue = unique("hangup");
         let mut fibrpc = Command::new("sh");
