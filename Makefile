@@ -14,8 +14,8 @@ CHAOS_SEED    ?= 42
 FUZZ_SECONDS  ?= 60
 ROUNDS        ?= 5
 PROVE_SECONDS ?= 600
-# Most tests wait, for a broker or a deadline: with more of them at a time than cores, the cores have work.
-export RUST_TEST_THREADS ?= 6
+# Most tests wait, for a broker or a deadline: with more of them at a time than a few cores, those have work.
+export RUST_TEST_THREADS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores > 6 ? cores : 6)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-with-broker coverage ten-ways prove chaos fuzz cluster compare scaling lint build install install-built deb deb-test broker clean
@@ -80,7 +80,7 @@ lint: ## formatting, who imports whom, clippy, documentation, shell scripts; war
 	RUSTFLAGS="--cfg shuttle" $(CARGO) clippy --locked --no-default-features --lib --profile test \
 		--target-dir target/prove -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features --document-private-items
-	bash -n scripts/apt.bash scripts/broker scripts/deb scripts/deb-test scripts/demo scripts/fuzz \
+	bash -n scripts/apt.bash scripts/broker scripts/coverage scripts/deb scripts/deb-test scripts/demo scripts/fuzz \
 		scripts/peers scripts/prove scripts/prove-faults scripts/storeys scripts/ten-ways .ci/run
 
 build: ## the binary, target/release/fibrpc

@@ -3,7 +3,8 @@
 //!
 //! - Every call ends once, with its own answer, or by its deadline.
 //! - No caller and no connection manager sleeps while there is something for it, and no request is
-//!   held back: where time stands still, nothing but a wake-up ends a wait.
+//!   held back: where time stands still, nothing but a wake-up ends a wait, except a pause between
+//!   two attempts to connect.
 //! - What was not answered when the connection was lost is sent again, and answered.
 //! - A client that is closed ends all calls.
 

@@ -86,10 +86,21 @@ pub(crate) fn way_out(close: &CloseReason) -> Option<&'static str> {
             "it is a stream, which cannot be served; choose another name",
         ),
         (
+            INTERNAL_ERROR,
+            "is down",
+            "`rabbitmqctl restart_vhost` may bring the virtual host back; the broker's log has the \
+             cause",
+        ),
+        (
+            INTERNAL_ERROR,
+            "transient_nonexcl_queues",
+            "declare another type (--queue-type classic or quorum)",
+        ),
+        (
             // RabbitMQ 3.10 loses the process of a quorum queue if it is killed while it deletes it.
             INTERNAL_ERROR,
             "",
-            "its log has the cause; a queue that is 'down' for good (`rabbitmqctl list_queues name \
+            "the broker's log has the cause; a queue that is 'down' for good (`rabbitmqctl list_queues name \
              state`) has to be deleted",
         ),
         (
@@ -205,6 +216,16 @@ mod tests {
                 "set_permissions -p",
             ),
             (541, "INTERNAL_ERROR", "list_queues"),
+            (
+                541,
+                "INTERNAL_ERROR - access to vhost 'v' refused for user 'u': vhost 'v' is down",
+                "restart_vhost",
+            ),
+            (
+                541,
+                "INTERNAL_ERROR - Feature `transient_nonexcl_queues` is deprecated",
+                "--queue-type",
+            ),
             (
                 530,
                 "NOT_ALLOWED - access to vhost 'v' refused for user 'u': connection limit (0) is reached",

@@ -6,8 +6,11 @@
 //!
 //! - **Time.** A timed wait does not end before its time, and may end however late. A thread may be
 //!   stopped for however long, so that any time passes between two looks at the clock. A test
-//!   chooses ([`Time`]): if time stands still, no timed wait ends but a pause, so whoever is forgotten sleeps
-//!   for ever and shuttle says "deadlock"; if it passes, a wait may be over at any moment.
+//!   chooses ([`Time`]): if time stands still, no timed wait ends but a pause, so whoever is
+//!   forgotten sleeps for ever and shuttle says "deadlock"; if it passes, a wait may be over at any
+//!   moment.
+//! - **The far end**, once closed, sends nothing. What is written to it is taken or refused, as
+//!   chance has it; when there is no room, it is refused.
 //! - **A socket.** A read returns one byte at least, of those that are there, or that there are
 //!   none. A write takes the first bytes, one at least if there is room; when it has taken less
 //!   than it was given, there may be room or not.

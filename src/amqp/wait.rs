@@ -53,6 +53,11 @@ const TURN_TIME: Duration = Duration::from_micros(10);
 /// After so many short waits it is tried again, at the latest.
 const PAUSE_MAX: u32 = 1023;
 
+/// Whether a core has too much else to do, of which others had that much while one thread spun.
+fn is_needed_elsewhere(others: Duration, spun: Duration) -> bool {
+    others > BUSY_TIME && others > spun / 2
+}
+
 /// Whether to spin, from what is known of the latest waits.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Spin {
@@ -84,8 +89,7 @@ impl Spin {
                 others += turn;
             }
             let spun = now - began;
-            let is_needed_elsewhere = others > BUSY_TIME && others > spun / 2;
-            if is_needed_elsewhere || spun >= most {
+            if is_needed_elsewhere(others, spun) || spun >= most {
                 self.pause = (2 * self.pause + 1).min(PAUSE_MAX);
                 self.paused = self.pause;
                 return None;
@@ -165,10 +169,21 @@ mod tests {
             // As long as somebody else has the core.
             thread::sleep(BUSY_TIME / 2);
             count += 1;
-            None::<()>
+            // Whoever does not give way is not to do so for an hour.
+            (count > 100).then_some(())
         });
         assert_eq!(answer, None);
         assert!(count <= 3, "{count}");
+    }
+
+    #[test]
+    fn it_is_needed_elsewhere_if_others_have_more_than_half_and_not_just_for_a_moment() {
+        let needed = |others, spun| is_needed_elsewhere(others * BUSY_TIME, spun * BUSY_TIME);
+        assert!(!needed(1, 1));
+        assert!(needed(2, 2));
+        assert!(needed(2, 3));
+        assert!(!needed(2, 4));
+        assert!(!needed(3, 6));
     }
 
     #[test]

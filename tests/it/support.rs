@@ -256,9 +256,11 @@ impl Slow {
 
     /// Starts one; back when it consumes.
     pub fn server(&self, url: &str, queue: &str, arguments: &[&str]) -> Process {
-        // It ends as well when the test has ended, and the folder is gone.
-        let line = r#"body=$(cat)
-            [ "$body" != slow ] || { touch "$0/begun"; while [ -e "$0/held" ]; do sleep 0.05; done; }
+        // It ends as well when the test has ended, and the folder is gone; and after minutes, if the
+        // test was killed and the folder stays.
+        let line = r#"body=$(cat) left=5000
+            [ "$body" != slow ] || { touch "$0/begun"
+                while [ -e "$0/held" ] && [ $((left -= 1)) -gt 0 ]; do sleep 0.05; done; }
             printf %s "$body""#;
         let mut fibrpc = fibrpc(url, queue);
         fibrpc.arg("reply").args(arguments);

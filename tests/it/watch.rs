@@ -107,7 +107,7 @@ fn metrics_tell_what_came_of_each_request() {
     let peer = Peer::connect(&url());
     peer.publish(&queue, b"10", AmqpProperties::default());
     peer.ask(&queue, b"many", AmqpProperties::default());
-    let busy = Process::spawn(fibrpc(&url(), &queue).args(["call", "--timeout", "5m", "42"]));
+    let busy = Process::spawn(fibrpc(&url(), &queue).args(["call", "--timeout", "5m", "40"]));
     eventually("a worker is busy", || {
         samples(&get(&address))["fibrpc_workers_busy"] == 1.0
     });

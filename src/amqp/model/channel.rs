@@ -113,8 +113,9 @@ impl<T> Receiver<T> {
         }
     }
 
-    /// Whoever of ours waits so only pauses, between two attempts to connect. Nobody is to wake him,
-    /// so his time is over even where it stands still.
+    /// The connection manager pauses so between two attempts to connect. Nobody is to wake it, so its
+    /// time is over even where it stands still. (The other who waits so resolves a host's name, and
+    /// here hosts have addresses.)
     pub fn recv_deadline(&self, until: Instant) -> Result<T, RecvTimeoutError> {
         if World::get().stands_still() {
             return self.try_recv().map_err(|error| match error {

@@ -269,10 +269,14 @@ impl Far {
         read.expect("it waits for ever")
     }
 
-    /// Sends bytes, which arrive at once.
+    /// Sends bytes, which arrive at once; once it is closed, nothing.
     pub fn write(&self, bytes: &[u8]) {
         World::get().enter(|kernel| {
-            kernel.sockets.pipes[self.index].arrived.extend(bytes);
+            let pipe = &mut kernel.sockets.pipes[self.index];
+            if pipe.ended {
+                return;
+            }
+            pipe.arrived.extend(bytes);
             signal(kernel, Source::Socket(self.index));
         });
     }

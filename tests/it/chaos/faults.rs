@@ -400,11 +400,14 @@ impl Operator<'_> {
         }
     }
 
-    /// Has the broker evaluate an expression, as soon as it can.
-    fn insist(&self, expression: &str) {
+    /// Has the broker evaluate an expression, as soon as it can; its value.
+    fn insist(&self, expression: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
-        while let Err(refusal) = self.broker.try_eval(expression) {
-            assert!(Instant::now() < deadline, "{expression}: {refusal}");
+        loop {
+            match self.broker.try_eval(expression) {
+                Ok(value) => return value,
+                Err(refusal) => assert!(Instant::now() < deadline, "{expression}: {refusal}"),
+            }
             thread::sleep(TELL_AGAIN);
         }
     }
@@ -414,19 +417,23 @@ impl Operator<'_> {
     /// who consumes it is sent away with 541, and its state is `down`. How many those were.
     fn mend_queues(&self) -> usize {
         let down = r#"[Queue || Queue <- rabbit_amqqueue:list(),
-            rabbit_amqqueue:info(Queue, [state]) =:= [{state, down}]]"#;
-        let count = || {
-            let counted = self.broker.try_eval(&format!("length({down})"));
-            counted.ok().and_then(|count| count.trim().parse().ok())
+            (catch rabbit_amqqueue:info(Queue, [state])) =:= [{state, down}]]"#;
+        let count = || -> usize {
+            let count = self.insist(&format!("length({down})"));
+            count.trim().parse().expect("a number")
         };
         // One that is whole only has to elect its leader.
         let deadline = Instant::now() + ELECTION_TIME;
-        while count() != Some(0) && Instant::now() < deadline {
+        let mut left = count();
+        while left > 0 && Instant::now() < deadline {
             thread::sleep(TELL_AGAIN);
+            left = count();
         }
-        let left = count().unwrap_or(0);
         if left > 0 {
-            self.insist(&format!("[{} || Queue <- {down}]", order::DELETE));
+            self.insist(&format!(
+                "[{{ok, _}} = {} || Queue <- {down}]",
+                order::DELETE
+            ));
         }
         left
     }

@@ -1,7 +1,9 @@
 //! How a command ends: its exit code, without a broker, with a wrong one, and by a signal.
 
 use super::with_password;
-use crate::support::{PATIENCE, Peer, Process, fibrpc, run, server, unique, url};
+use crate::support::{
+    PATIENCE, Peer, Process, Slow, client, eventually, fibrpc, run, server, unique, url,
+};
 use amiquip::QueueDeclareOptions;
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -116,10 +118,9 @@ fn an_interrupted_call_ends_with_130_and_says_so() {
     }
 }
 
-/// A call that waits for a slow server, and prints the number alone.
-fn patient_call(queue: &str, n: &str) -> Process {
-    let call = ["call", "--timeout", "5m", "--output", "raw", n];
-    Process::spawn(fibrpc(&url(), queue).args(call))
+fn wait_until_nobody_consumes(queue: &str) {
+    let peer = Peer::connect(&url());
+    eventually("nobody consumes", || peer.count(queue).1 == 0);
 }
 
 #[test]
@@ -130,13 +131,12 @@ fn a_server_ends_with_0_when_told_to_and_with_130_when_told_twice() {
         idle.signal(name);
         assert_eq!(idle.wait(PATIENCE).code(), Some(0), "{name}");
     }
-    let mut busy = server(&url(), &queue, &["--workers", "1"]);
-    let _call = patient_call(&queue, "40");
-    busy.wait_for(" [.] fib(40)");
+    let mut busy = server(&url(), &queue, &["--workers", "1", "--max-n", "60"]);
+    let _call = Process::spawn(fibrpc(&url(), &queue).args(["call", "60"]));
+    busy.wait_for(" [.] fib(60)");
     busy.signal("INT");
-    // It has stopped consuming, and still computes.
-    let peer = Peer::connect(&url());
-    crate::support::eventually("nobody consumes", || peer.count(&queue).1 == 0);
+    // It has stopped consuming, and still computes, for hours.
+    wait_until_nobody_consumes(&queue);
     busy.signal("INT");
     assert_eq!(busy.wait(PATIENCE).code(), Some(130));
 }
@@ -144,11 +144,14 @@ fn a_server_ends_with_0_when_told_to_and_with_130_when_told_twice() {
 #[test]
 fn a_server_told_to_stop_answers_what_it_has_begun() {
     let queue = unique("finish");
-    let mut busy = server(&url(), &queue, &["--workers", "1"]);
-    let call = patient_call(&queue, "36");
-    busy.wait_for(" [.] fib(36)");
+    let slow = Slow::new();
+    let mut busy = slow.server(&url(), &queue, &["--workers", "1"]);
+    let client = client(&url(), &queue, 2 * PATIENCE);
+    let begun = slow.begin(&client);
     busy.signal("TERM");
-    assert_eq!(call.line(), "14930352");
+    wait_until_nobody_consumes(&queue);
+    slow.release();
+    assert_eq!(begun.join().unwrap().unwrap(), b"slow");
     assert_eq!(busy.wait(PATIENCE).code(), Some(0));
 }
 
