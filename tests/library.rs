@@ -262,29 +262,24 @@ fn a_request_has_a_deadline_of_its_own_which_says_what_was_waited_for() {
         Ok(())
     });
     let client = client();
-    let began = Instant::now();
-    match client
-        .request(&queue)
-        .timeout(Duration::from_secs(1))
-        .send("1")
-    {
-        Err(Error::Timeout {
-            after,
-            waiting_for:
-                WaitingFor::Answer {
-                    status: Some(status),
-                    ..
-                },
-        }) => {
-            assert_eq!(after, Duration::from_secs(1));
-            assert_eq!(status.consumers, 1);
+    let second = Duration::from_secs(1);
+    // On a busy machine, the broker may not say in time how the queue is.
+    let status = (0..20).find_map(|_| {
+        let began = Instant::now();
+        let result = client.request(&queue).timeout(second).send("1");
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "not the client's"
+        );
+        match result {
+            Err(Error::Timeout {
+                after,
+                waiting_for: WaitingFor::Answer { status, .. },
+            }) if after == second => status,
+            other => panic!("{other:?}"),
         }
-        other => panic!("{other:?}"),
-    }
-    assert!(
-        began.elapsed() < Duration::from_secs(10),
-        "not the client's"
-    );
+    });
+    assert_eq!(status.map(|status| status.consumers), Some(1));
     drop(open);
     serving.stop().unwrap();
 }

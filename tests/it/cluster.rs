@@ -6,7 +6,7 @@ use crate::chaos::{
     Event, FIRST_SERVER, History, Kind, Load, Manner, Party, Role, assert_right, from_environment,
     history_path, node_killed, now, under_load,
 };
-use crate::support::{PATIENCE, fibrpc, root, run, unique};
+use crate::support::{NodeFolder, PATIENCE, fibrpc, root, run, unique};
 use fibrpc::Endpoints;
 use std::fs;
 use std::path::PathBuf;
@@ -15,7 +15,8 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const NODES: usize = 3;
+const NODE_NAMES: [&str; 3] = ["node1", "node2", "node3"];
+const NODES: usize = NODE_NAMES.len();
 
 /// No request is longer than the broker takes: that is not what this is about.
 const BODY_MAX: u64 = 16 << 20;
@@ -25,14 +26,14 @@ const CALM: Duration = Duration::from_secs(2);
 
 /// Three nodes on this machine, gone when dropped.
 struct Cluster {
-    folder: tempfile::TempDir,
+    folder: NodeFolder,
     urls: Vec<String>,
 }
 
 impl Cluster {
     fn start() -> Cluster {
         let mut cluster = Cluster {
-            folder: tempfile::tempdir().unwrap(),
+            folder: NodeFolder::new(&NODE_NAMES),
             urls: Vec::new(),
         };
         let mut settings = "cluster_formation.peer_discovery_backend = classic_config\n".to_owned();
@@ -69,7 +70,7 @@ impl Cluster {
     }
 
     fn node_folder(&self, node: usize) -> PathBuf {
-        self.folder.path().join(format!("node{node}"))
+        self.folder.path().join(NODE_NAMES[node - 1])
     }
 
     fn script(&self, node: usize, arguments: &[&str]) -> String {
@@ -90,14 +91,6 @@ impl Cluster {
         (1..=NODES)
             .find(|node| leader == Some(&format!("node{node}@localhost")))
             .unwrap_or_else(|| panic!("no node leads the queue: {all}"))
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        for node in 1..=NODES {
-            let _ = self.command(node, &["stop"]).output();
-        }
     }
 }
 

@@ -8,7 +8,7 @@ mod line;
 pub mod order;
 mod peer;
 
-pub use broker::PrivateBroker;
+pub use broker::{NodeFolder, PrivateBroker};
 pub use line::{Line, Weather};
 pub use peer::{Message, Peer, RawPeer, long_string, short_string, swallow};
 

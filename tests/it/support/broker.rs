@@ -2,7 +2,7 @@
 
 use crate::support::{eventually, root, signal};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Mutex;
 use std::thread;
@@ -16,6 +16,9 @@ const DEFAULTS: &str = "\
     heartbeat = 60\n\
     max_message_size = 134217728\n";
 
+/// The name of a node's folder, where it is the only one.
+const NODE: &str = "broker";
+
 /// Brokers that run and that no test has. A boot costs two cores three seconds, and emptying one
 /// that runs a tenth of that.
 static IDLE: Mutex<Vec<Node>> = Mutex::new(Vec::new());
@@ -28,11 +31,56 @@ pub struct PrivateBroker {
     pub url: String,
 }
 
-/// A node of `scripts/broker`. Dropped, or left behind when the process ends, it is stopped.
+/// A node of `scripts/broker`.
 struct Node {
-    folder: PathBuf,
+    folder: NodeFolder,
     plugins: String,
+}
+
+/// A folder in which nodes of `scripts/broker` have theirs. When it is dropped, or left behind by a
+/// process that ends in whatever way, they are stopped, and it is deleted.
+pub struct NodeFolder {
+    path: PathBuf,
     guard: Child,
+}
+
+impl NodeFolder {
+    /// `nodes` are their folders' names. Several nodes are a cluster.
+    pub fn new(nodes: &[&str]) -> NodeFolder {
+        let path = tempfile::tempdir().unwrap().keep();
+        // It stops them when its stdin ends, which is when we drop it or do not exist any more.
+        let stop = r#"cat
+            for node; do BROKER_DIR=$FOLDER/$node "$0" stop; done
+            rm -rf "$FOLDER""#;
+        // In a session of its own, because what ends this process can be a signal to the session.
+        let mut guard = Command::new("setsid");
+        guard
+            .args(["sh", "-c", stop])
+            .arg(script())
+            .args(nodes)
+            .env("FOLDER", &path);
+        if nodes.len() > 1 {
+            guard.env("BROKER_CLUSTER", &path);
+        }
+        let guard = guard
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        NodeFolder { path, guard }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for NodeFolder {
+    fn drop(&mut self) {
+        drop(self.guard.stdin.take());
+        let _ = self.guard.wait();
+    }
 }
 
 impl PrivateBroker {
@@ -141,27 +189,14 @@ impl Node {
 
     /// One that is not booted yet.
     fn new(plugins: String) -> Node {
-        let folder = tempfile::tempdir().unwrap().keep();
-        // It stops the node when its stdin ends, which is when we drop it or do not exist any more.
-        // In a session of its own, because what ends this process can be a signal to the session.
-        let guard = Command::new("setsid")
-            .args(["sh", "-c", "cat; \"$0\" stop; rm -rf \"$1\""])
-            .args([&script(), &folder])
-            .env("BROKER_DIR", folder.join("broker"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
         Node {
-            folder,
+            folder: NodeFolder::new(&[NODE]),
             plugins,
-            guard,
         }
     }
 
     fn write_settings(&self, settings: &str) {
-        fs::write(self.folder.join("settings"), settings).unwrap();
+        fs::write(self.folder.path().join("settings"), settings).unwrap();
     }
 
     fn script(&self, arguments: &[&str]) -> String {
@@ -177,18 +212,11 @@ impl Node {
     fn run_script(&self, arguments: &[&str]) -> Output {
         Command::new(script())
             .args(arguments)
-            .env("BROKER_DIR", self.folder.join("broker"))
-            .env("BROKER_SETTINGS", self.folder.join("settings"))
+            .env("BROKER_DIR", self.folder.path().join(NODE))
+            .env("BROKER_SETTINGS", self.folder.path().join("settings"))
             .env("BROKER_PLUGINS", &self.plugins)
             .output()
             .unwrap()
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        drop(self.guard.stdin.take());
-        let _ = self.guard.wait();
     }
 }
 
