@@ -32,11 +32,15 @@ test: ## every test, against a private broker (or the one that FIBRPC_TEST_URL n
 	scripts/prove 20
 	scripts/broker with-broker $(MAKE) --no-print-directory test-with-broker
 
+# What no feature changes is tested once: the corpus of bytes, and all that is generated.
+ONE_FEATURE = PROPTEST_CASES=16 $(CARGO) test --locked --no-default-features
+EXCEPT      = -- --skip bytes::
+
 test-with-broker: # each feature alone, then everything with all of them
-	$(CARGO) test --locked --no-default-features --lib --test library
-	$(CARGO) test --locked --no-default-features --features tls --lib --test library
-	$(CARGO) test --locked --no-default-features --features json --lib --test library
-	$(CARGO) test --locked --no-default-features --features cli --lib --bins --test library
+	$(ONE_FEATURE) --lib --test library $(EXCEPT)
+	$(ONE_FEATURE) --features tls --lib --test library $(EXCEPT)
+	$(ONE_FEATURE) --features json --lib --test library $(EXCEPT)
+	$(ONE_FEATURE) --features cli --lib --bins --test library $(EXCEPT)
 	$(CARGO) test --locked --all-features
 
 coverage: ## which lines of src/ the tests reach, for each file, from a build of its own

@@ -1,6 +1,7 @@
 //! Tests against a real broker: `make test` starts one.
 
 mod bench;
+mod breaks; // first of those that take a minute: who begins late ends last
 mod chaos;
 mod cli;
 mod cluster;
@@ -19,7 +20,6 @@ mod request;
 mod rpc;
 mod slow;
 mod support;
-mod ten_ways;
 #[cfg(feature = "tls")]
 mod tls;
 mod tutorial;
