@@ -17,7 +17,9 @@ mod server;
 
 pub use checker::FIRST_SERVER;
 pub use faults::node_killed;
-pub use history::{Event, History, Party, now, path as history_path};
+pub use history::{
+    Event, History, Party, now, of_server as history_of_server, path as history_path,
+};
 pub use load::{Load, Manner};
 pub use server::{Kind, Role};
 
@@ -158,7 +160,7 @@ fn what_every_client_and_server_did_under_faults_is_as_promised() {
         workers,
         prefetch,
         url_file: url_file(party),
-        history: path.with_extension(format!("server-{party}")),
+        history: history_of_server(&path, party),
     };
     let mut roles: Vec<Role> = (FIRST_SERVER..)
         .zip(SERVERS)

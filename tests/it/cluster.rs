@@ -4,7 +4,7 @@
 
 use crate::chaos::{
     Event, FIRST_SERVER, History, Kind, Load, Manner, Party, Role, assert_right, from_environment,
-    history_path, node_killed, now, under_load,
+    history_of_server, history_path, node_killed, now, under_load,
 };
 use crate::support::{NodeFolder, PATIENCE, fibrpc, root, run, unique};
 use fibrpc::Endpoints;
@@ -174,7 +174,7 @@ fn a_cluster_that_loses_any_node_loses_no_call() {
             workers: 2,
             prefetch: 1,
             url_file,
-            history: path.with_extension(format!("server-{party}")),
+            history: history_of_server(&path, party),
         }
     });
     let servers = roles.each_ref().map(Role::spawn);

@@ -287,6 +287,14 @@ impl History {
     }
 }
 
+/// Where a server's own processes write, beside the history at `path`: nothing yet. A run that was
+/// killed may have left something.
+pub fn of_server(path: &Path, party: Party) -> PathBuf {
+    let path = path.with_extension(format!("server-{party}"));
+    let _ = fs::remove_file(&path);
+    path
+}
+
 /// What is in a file. A process that was killed may have left a line that is not whole.
 pub fn read(path: &Path) -> impl Iterator<Item = Event> {
     let file = File::open(path);
