@@ -20,12 +20,6 @@ fn patient_client(url: &str, queue: &str) -> Caller {
     })
 }
 
-/// Runs one call in a thread; the receiver gets its end.
-fn begin(client: &Caller, n: &str) -> thread::JoinHandle<Result<Vec<u8>, Error>> {
-    let (client, n) = (client.clone(), n.to_owned());
-    thread::spawn(move || client.call(n.as_bytes()))
-}
-
 #[test]
 fn calls_and_server_survive_a_broker_killed_and_restarted() {
     let mut broker = PrivateBroker::start();
@@ -39,7 +33,7 @@ fn calls_and_server_survive_a_broker_killed_and_restarted() {
     let said = server.wait_for_stderr("lost the connection");
     assert!(said.contains("127.0.0.1"), "{said}");
     // One begun while there is no broker at all waits, too.
-    let late = begin(&client, "late");
+    let late = client.begin("late");
     server.wait_for_stderr("trying again");
     broker.boot();
     slow.release();

@@ -271,10 +271,7 @@ impl Slow {
 
     /// Calls for a slow answer; back when that is being made.
     pub fn begin(&self, client: &Caller) -> JoinHandle<Result<Vec<u8>, Error>> {
-        let call = thread::spawn({
-            let client = client.clone();
-            move || client.call(Slow::BODY)
-        });
+        let call = client.begin(Slow::BODY);
         self.wait_until_begun();
         call
     }
@@ -330,6 +327,12 @@ impl Caller {
     /// Calls; the reply's body.
     pub fn call(&self, body: impl Into<Vec<u8>>) -> Result<Vec<u8>, Error> {
         self.client.call(&self.queue, body).map(|reply| reply.body)
+    }
+
+    /// Calls in a thread; its end is the call's.
+    pub fn begin(&self, body: &'static str) -> JoinHandle<Result<Vec<u8>, Error>> {
+        let client = self.clone();
+        thread::spawn(move || client.call(body))
     }
 
     /// A request to the queue.

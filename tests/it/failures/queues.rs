@@ -1,6 +1,6 @@
 //! Queues that are deleted, purged, not there yet, or forbidden.
 
-use super::{begin, patient_client};
+use super::patient_client;
 use crate::support::{
     Caller, PATIENCE, Peer, PrivateBroker, Process, Slow, client, eventually, fibrpc, order, run,
     server, unique, url,
@@ -58,7 +58,7 @@ fn a_channel_error_is_told_and_the_server_comes_back_when_its_cause_is_gone() {
     // It may consume, and not publish: the first reply ends its channel.
     let server = server(&url, &queue, &["--workers", "1"]);
     let client = client(&broker.url, &queue, 2 * PATIENCE);
-    let pending = begin(&client, "10");
+    let pending = client.begin("10");
     let said = server.wait_for_stderr("lost a channel");
     assert!(said.contains("403"), "{said}");
     assert!(!said.contains("secret"), "{said}");
@@ -147,7 +147,7 @@ fn a_request_that_was_purged_is_sent_again_if_the_client_is_told_to() {
         let client = Caller::new(&url(), &queue, |client| {
             client.timeout(PATIENCE).reply_to(reply_to).retry(retry)
         });
-        let call = begin(&client, "20");
+        let call = client.begin("20");
         // Twice: what is sent again can be lost again.
         for _ in 0..2 {
             eventually("the request is in the queue", || peer.count(&queue).0 > 0);

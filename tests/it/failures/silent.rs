@@ -1,6 +1,5 @@
 //! A broker that is there and says nothing, or reads nothing: it is stopped, or blocks.
 
-use super::begin;
 use crate::support::{
     PATIENCE, Peer, PrivateBroker, Process, client, eventually, fibrpc, order, run, server, unique,
 };
@@ -51,7 +50,7 @@ fn a_broker_that_falls_silent_is_given_up_after_two_heartbeats() {
     let client = client(&url, &queue, 2 * PATIENCE);
     assert_eq!(client.call(b"10").unwrap(), b"55");
     broker.freeze();
-    let pending = begin(&client, "11");
+    let pending = client.begin("11");
     let said = server.wait_for_stderr("lost the connection");
     assert!(said.contains("fallen silent"), "{said}");
     broker.thaw();
@@ -121,7 +120,7 @@ fn what_is_submitted_while_the_broker_blocks_is_sent_in_time_or_never() {
     calls.submit((), caller.request().timeout(HURRY).body("25"));
     thread::sleep(HURRY);
     // These have time enough, and are sent when the broker reads again.
-    let patient = begin(&caller, "11");
+    let patient = caller.begin("11");
     let process = Process::spawn(fibrpc(&broker.url, &queue).args(["call", "12"]));
     process.wait_for("Requesting");
     broker.eval(&order::memory_alarm(false));
