@@ -33,8 +33,8 @@ const ERROR_TEXT_MAX: usize = 64 << 10;
 /// What a handler answers, as the message that it becomes.
 ///
 /// Bytes and texts are responses by themselves: `Ok(bytes)` is `Ok(Response::new(bytes))`. So are
-/// `()`, the empty response, and a [`Reply`] that is passed on. An empty response is one like any
-/// other.
+/// `()`, the empty response, a [`Reply`] that is passed on, and a request that is sent back. An empty
+/// response is one like any other.
 ///
 /// One that cannot be sent reaches the caller as an error of kind `internal` that says why: a
 /// header not within the limits of [`Headers::insert`], a content type over 255 bytes, a body over
@@ -84,6 +84,18 @@ impl Response {
         Response {
             body: Body::from(body.into()),
             ..Response::default()
+        }
+    }
+
+    pub(crate) fn from_parts(
+        body: Body,
+        content_type: Option<String>,
+        headers: Headers,
+    ) -> Response {
+        Response {
+            body,
+            content_type,
+            headers,
         }
     }
 
@@ -198,11 +210,7 @@ impl From<()> for Response {
 /// A reply passed on, with its content type and headers.
 impl From<Reply> for Response {
     fn from(reply: Reply) -> Response {
-        Response {
-            body: Body::from(reply.body),
-            content_type: reply.content_type,
-            headers: reply.headers,
-        }
+        Response::from_parts(Body::from(reply.body), reply.content_type, reply.headers)
     }
 }
 

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::mem::take;
 use std::ops::Deref;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A body from this size on, in bytes, is never copied: it is read to where it stays, written from
 /// where it lies, and its memory is kept. For a smaller one, to copy it costs less than a read or a
@@ -25,9 +25,12 @@ fn spares() -> MutexGuard<'static, Vec<Vec<u8>>> {
     SPARES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A body's bytes, whose memory is used again once it is dropped.
+/// A body's bytes. A clone shares them; when the last is dropped, their memory is used again.
 #[derive(Clone, PartialEq, Eq, Default)]
-pub(crate) struct Body(Vec<u8>);
+pub(crate) struct Body(Arc<Memory>);
+
+#[derive(PartialEq, Eq, Default)]
+struct Memory(Vec<u8>);
 
 impl Body {
     /// Bytes to be overwritten: they may be those of another body.
@@ -47,7 +50,7 @@ impl Body {
     }
 }
 
-impl Drop for Body {
+impl Drop for Memory {
     fn drop(&mut self) {
         let (len, capacity) = (self.0.len(), self.0.capacity());
         // Of a short one in much memory, that would be kept for none: see `scratch`.
@@ -71,7 +74,7 @@ impl Drop for Body {
 
 impl From<Vec<u8>> for Body {
     fn from(bytes: Vec<u8>) -> Body {
-        Body(bytes)
+        Body(Arc::new(Memory(bytes)))
     }
 }
 
@@ -79,13 +82,13 @@ impl Deref for Body {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.0
+        &self.0.0
     }
 }
 
 impl fmt::Debug for Body {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        self.deref().fmt(f)
     }
 }
 
@@ -100,7 +103,11 @@ mod tests {
         const LEN: usize = 3_000_001;
         let body = Body::from(vec![1; LEN]);
         let memory = body.as_ptr();
+        let shared = body.clone();
+        assert_eq!(shared.as_ptr(), memory);
         drop(body);
+        assert_ne!(Body::scratch(LEN).as_ptr(), memory);
+        drop(shared);
         let (too_long, too_short) = (Body::scratch(LEN + 1), Body::scratch(LEN / 3));
         assert_eq!((too_long.len(), too_short.len()), (LEN + 1, LEN / 3));
         for other in [&too_long, &too_short] {

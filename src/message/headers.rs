@@ -114,6 +114,12 @@ impl Headers {
         )
     }
 
+    /// Those that a response can have, too.
+    pub(crate) fn for_a_response(&self) -> Headers {
+        let fields = self.iter().filter(|(name, _)| !RESERVED.contains(name));
+        fields.collect()
+    }
+
     /// Headers as they lie on the wire.
     pub(crate) fn fields(&self) -> &[(String, String)] {
         &self.0

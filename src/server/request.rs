@@ -4,7 +4,7 @@ use crate::amqp::body::Body;
 use crate::amqp::incoming::Received;
 use crate::amqp::sync::Instant;
 use crate::message::headers::Headers;
-use crate::message::return_address;
+use crate::message::{Response, return_address};
 use std::time::Duration;
 
 /// A request, as a handler sees it: whatever somebody has sent, with nothing checked.
@@ -164,9 +164,44 @@ impl Request {
     }
 }
 
+/// A request sent back, with its body, which is not copied, its content type (`text/plain` if it has
+/// none), and those of its headers that a response can have.
+///
+/// ```
+/// use fibrpc::{Request, Response};
+///
+/// let request = Request::new("hello").with_header("x-error-kind", "internal");
+/// assert_eq!(Response::from(&request), Response::new("hello"));
+/// ```
+impl From<&Request> for Response {
+    fn from(request: &Request) -> Response {
+        Response::from_parts(
+            request.body.clone(),
+            request.content_type.clone(),
+            request.headers.for_a_response(),
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_sent_back_has_the_body_itself_the_content_type_and_the_headers_that_it_can_have() {
+        let request = Request::new("hello")
+            .with_content_type("application/json")
+            .with_header("traceparent", "00-1-2-01")
+            .with_header("CC", "elsewhere")
+            .with_header("x-error-kind", "internal");
+        let response = Response::from(&request);
+        let expected = Response::new("hello")
+            .with_content_type("application/json")
+            .with_header("traceparent", "00-1-2-01");
+        assert_eq!(response, expected);
+        assert_eq!(response.body().as_ptr(), request.body().as_ptr());
+        assert_eq!(Response::from(&Request::new("")), Response::new(""));
+    }
 
     #[test]
     fn the_time_left_counts_from_the_arrival() {
