@@ -287,7 +287,7 @@ def peer_server(peer, queue, workers, *options, url=URL):
 
 def peer_client(peer, queue, requests, in_flight, *options, url=URL):
     """Runs a peer's client; gives its JSON and its CPU time in us."""
-    load = ["--queue", queue, *load_of(requests, in_flight), *(options or ["--argument", 1])]
+    load = ["--queue", queue, *load_of(requests, in_flight), *options]
     stdout, spent = run_client([*peer, "client", "--url", url, *load])
     return json.loads(stdout), spent
 

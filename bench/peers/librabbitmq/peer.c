@@ -3,6 +3,7 @@
 //   peer server --url URL --queue Q --workers W --prefetch P [--echo 1]
 //   peer client --url URL --queue Q --requests N --warmup M --concurrency C --argument n
 //                                                                        or --size BYTES
+//                                                  [--expiration MS] [--mandatory 1]
 //
 // What makes it fast:
 // - Frames are read with amqp_simple_wait_frame. amqp_consume_message would copy every delivery's
@@ -36,8 +37,8 @@ enum { CHANNEL = 1 };
 enum { NUMBER_MAX_BYTES = 24 };
 
 typedef struct {
-    const char *url, *queue;
-    uint32_t workers, prefetch, requests, warmup, concurrency, argument, echo, size;
+    const char *url, *queue, *expiration;
+    uint32_t workers, prefetch, requests, warmup, concurrency, argument, echo, size, mandatory;
 } options_t;
 
 // What of a delivery the server and the client look at. The bytes are the library's, and valid
@@ -94,19 +95,18 @@ static void cork(amqp_connection_state_t connection, int on) {
     setsockopt(amqp_get_sockfd(connection), IPPROTO_TCP, TCP_CORK, &on, sizeof on);
 }
 
-static void publish(amqp_connection_state_t connection, amqp_bytes_t routing_key,
-                    amqp_bytes_t correlation_id, amqp_bytes_t reply_to, amqp_bytes_t body) {
-    amqp_basic_properties_t properties = {
+static amqp_basic_properties_t properties_of(amqp_bytes_t correlation_id) {
+    return (amqp_basic_properties_t){
         ._flags = AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_CORRELATION_ID_FLAG,
         .content_type = amqp_cstring_bytes("text/plain"),
         .correlation_id = correlation_id,
     };
-    if (reply_to.len > 0) {
-        properties._flags |= AMQP_BASIC_REPLY_TO_FLAG;
-        properties.reply_to = reply_to;
-    }
-    check("publish", amqp_basic_publish(connection, CHANNEL, amqp_empty_bytes, routing_key, false,
-                                        false, &properties, body));
+}
+
+static void publish(amqp_connection_state_t connection, amqp_bytes_t routing_key, bool mandatory,
+                    const amqp_basic_properties_t *properties, amqp_bytes_t body) {
+    check("publish", amqp_basic_publish(connection, CHANNEL, amqp_empty_bytes, routing_key,
+                                        mandatory, false, properties, body));
 }
 
 static void read_frame(amqp_connection_state_t connection, amqp_frame_t *frame,
@@ -180,7 +180,8 @@ static void serve(const options_t *options, int ready) {
                 int length = snprintf(answer, sizeof answer, "%" PRIu64, fib(n));
                 body = (amqp_bytes_t){length, answer};
             }
-            publish(connection, request.reply_to, request.correlation_id, amqp_empty_bytes, body);
+            amqp_basic_properties_t properties = properties_of(request.correlation_id);
+            publish(connection, request.reply_to, false, &properties, body);
             check("ack", amqp_basic_ack(connection, CHANNEL, request.tag, false));
             amqp_maybe_release_buffers(connection);
         } while (more_is_here(connection));
@@ -219,6 +220,8 @@ static int server(const options_t *options) {
 typedef struct {
     amqp_connection_state_t connection;
     amqp_bytes_t queue, callback_queue, request, expected;
+    const char *expiration;
+    bool mandatory;
     uint32_t concurrency;
     uint64_t next_id; // correlation ids are this number in decimal, over all calls
 } client_t;
@@ -248,8 +251,14 @@ static result_t call_many(client_t *client, uint32_t count) {
             char id[NUMBER_MAX_BYTES];
             int length = snprintf(id, sizeof id, "%" PRIu64, client->next_id++);
             sent_s[sent] = now_s();
-            publish(connection, client->queue, (amqp_bytes_t){length, id}, client->callback_queue,
-                    client->request);
+            amqp_basic_properties_t properties = properties_of((amqp_bytes_t){length, id});
+            properties._flags |= AMQP_BASIC_REPLY_TO_FLAG;
+            properties.reply_to = client->callback_queue;
+            if (client->expiration) {
+                properties._flags |= AMQP_BASIC_EXPIRATION_FLAG;
+                properties.expiration = amqp_cstring_bytes(client->expiration);
+            }
+            publish(connection, client->queue, client->mandatory, &properties, client->request);
         }
         if (several) cork(connection, false);
         // All replies that have come in, so that the next requests leave together, too.
@@ -295,6 +304,8 @@ static int client(const options_t *options) {
         .connection = open_connection(options->url),
         .queue = amqp_cstring_bytes(options->queue),
         .concurrency = options->concurrency,
+        .expiration = options->expiration,
+        .mandatory = options->mandatory,
     };
     char request[NUMBER_MAX_BYTES], expected[NUMBER_MAX_BYTES];
     snprintf(request, sizeof request, "%" PRIu32, options->argument);
@@ -340,6 +351,8 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--argument") == 0) options.argument = number;
         else if (strcmp(argv[i], "--echo") == 0) options.echo = number;
         else if (strcmp(argv[i], "--size") == 0) options.size = number;
+        else if (strcmp(argv[i], "--expiration") == 0) options.expiration = value;
+        else if (strcmp(argv[i], "--mandatory") == 0) options.mandatory = number;
         else die(argv[i], "no such option");
     }
     if (argc < 2 || !options.url || !options.queue) die("usage", "see the head of peer.c");
