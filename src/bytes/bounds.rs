@@ -8,6 +8,9 @@ use std::time::Duration;
 /// now and then, and that does not count. Most take a hundredth of it.
 const TIME_PER_KIB: Duration = Duration::from_millis(10);
 
+/// How long each piece may take besides that comes by a socket, which is a system call or some.
+const TIME_PER_PIECE: Duration = Duration::from_millis(1);
+
 /// How often what took too long is tried, in all. A thread that shares its core may find nothing of its
 /// own in the cache, so the shortest time counts.
 const TRIES: usize = 5;
@@ -20,8 +23,13 @@ const MEMORY_PER_BYTE: usize = 64;
 const REST: usize = 256 << 10;
 
 /// Holds what is done with `len` bytes to the time that it may take.
-pub fn in_time<T>(len: usize, mut work: impl FnMut() -> T) -> T {
-    let most = TIME_PER_KIB * (len / 1024 + 1) as u32;
+pub fn in_time<T>(len: usize, work: impl FnMut() -> T) -> T {
+    by_socket_in_time(len, 0, work)
+}
+
+/// The same for bytes that come by a socket in so many pieces.
+pub fn by_socket_in_time<T>(len: usize, pieces: usize, mut work: impl FnMut() -> T) -> T {
+    let most = TIME_PER_KIB * (len / 1024 + 1) as u32 + TIME_PER_PIECE * pieces as u32;
     let mut shortest = Duration::MAX;
     for _ in 0..TRIES {
         let began = core_time();

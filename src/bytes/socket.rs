@@ -5,7 +5,7 @@ use crate::amqp::incoming::{CloseReason, Incoming, Tune, frame_len};
 use crate::amqp::stream::{Opened, Stream, share};
 use crate::amqp::transport::Transport;
 use crate::bytes::assembled::{assemble, pieces, split};
-use crate::bytes::bounds::in_memory;
+use crate::bytes::bounds::{by_socket_in_time, in_memory};
 use crossbeam_channel::unbounded;
 use rustix::net::sockopt::set_socket_linger;
 use std::io::{ErrorKind, Read, Write};
@@ -24,6 +24,11 @@ const HEARTBEAT: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
 /// us, the rest to amiquip. What is no frame ends the connection, and all before it counts.
 pub fn socket(input: &[u8]) {
     let (cuts, stream) = split(input);
+    let count = pieces(cuts, stream).count();
+    by_socket_in_time(stream.len(), count, || arrive(cuts, stream));
+}
+
+fn arrive(cuts: &[u8], stream: &[u8]) {
     let expected = assemble(once(stream));
     let (near, mut far) = pair();
     let (sink, incoming) = unbounded::<Incoming>();
