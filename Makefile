@@ -50,7 +50,7 @@ coverage: ## which lines of src/ the tests reach, for each file, from a build of
 ten-ways: ## the runs of docs/ten-ways-it-breaks.md: what breaks the tutorial, and what fibrpc does instead
 	@scripts/peers pika
 	@$(CARGO) build --locked --bins --examples
-	@scripts/broker with-broker scripts/ten-ways target/debug
+	@env -u AMQP_URL -u FIBRPC_TEST_URL scripts/broker with-broker scripts/ten-ways target/debug
 
 prove: ## search schedules of the hand-overs between threads, others each time (PROVE_SECONDS=600)
 	PROVE_FROM=$$(date +%s) scripts/prove $(PROVE_SECONDS)

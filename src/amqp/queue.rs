@@ -118,7 +118,7 @@ pub(crate) fn ensure(
             Err(close) if close.code == reply_code::PRECONDITION_FAILED => {
                 refusal = Some(refused(queue, &close));
             }
-            // What RabbitMQ says, from 4.3, when it is configured to refuse transient queues.
+            // What RabbitMQ says, from 4.3, unless it is configured to permit transient queues.
             Err(close) if close.code == reply_code::INTERNAL_ERROR && !declaration.durable => {
                 return Err(Error::QueueRefused {
                     queue: queue.to_owned(),
