@@ -33,8 +33,8 @@ const ERROR_TEXT_MAX: usize = 64 << 10;
 /// What a handler answers, as the message that it becomes.
 ///
 /// Bytes and texts are responses by themselves: `Ok(bytes)` is `Ok(Response::new(bytes))`. So are
-/// `()`, the empty response, a [`Reply`] that is passed on, and a request that is sent back. An empty
-/// response is one like any other.
+/// `()`, the empty response, and a [`Reply`] that is passed on. A request is sent back by
+/// `Ok(Response::from(request))`. An empty response is one like any other.
 ///
 /// One that cannot be sent reaches the caller as an error of kind `internal` that says why: a
 /// header not within the limits of [`Headers::insert`], a content type over 255 bytes, a body over
@@ -81,10 +81,7 @@ impl Response {
 
     /// A response of content type `text/plain`, without headers.
     pub fn new(body: impl Into<Vec<u8>>) -> Response {
-        Response {
-            body: Body::from(body.into()),
-            ..Response::default()
-        }
+        Response::from_parts(Body::from(body.into()), None, Headers::default())
     }
 
     pub(crate) fn from_parts(

@@ -300,7 +300,7 @@ mod tests {
         } = opened;
         let io = start_io(stream);
         let mut sent = 0_u32;
-        // Until the kernel, too, has taken all that it will.
+        // Until there is no room for 20 ms: the kernel, too, has taken all that it will.
         let refused = loop {
             let soon = Some(Instant::now() + Duration::from_millis(20));
             let next = outbox.send(soon, |out| {

@@ -22,13 +22,9 @@ const MEMORY_PER_BYTE: usize = 64;
 /// How much memory there may be besides: a buffer to read into, and what vectors begin with.
 const REST: usize = 256 << 10;
 
-/// Holds what is done with `len` bytes to the time that it may take.
-pub fn in_time<T>(len: usize, work: impl FnMut() -> T) -> T {
-    by_socket_in_time(len, 0, work)
-}
-
-/// The same for bytes that come by a socket in so many pieces.
-pub fn by_socket_in_time<T>(len: usize, pieces: usize, mut work: impl FnMut() -> T) -> T {
+/// Holds what is done with `len` bytes to the time that it may take, of which so many pieces come by a
+/// socket.
+pub fn in_time<T>(len: usize, pieces: usize, mut work: impl FnMut() -> T) -> T {
     let most = TIME_PER_KIB * (len / 1024 + 1) as u32 + TIME_PER_PIECE * pieces as u32;
     let mut shortest = Duration::MAX;
     for _ in 0..TRIES {
@@ -49,7 +45,7 @@ fn core_time() -> Duration {
 }
 
 /// Holds the memory that is there for `len` bytes that have arrived to what may be: whatever lengths
-/// they claim, it is less than twice the largest message.
+/// they claim, it is twice the largest message at most, and what there is besides.
 pub fn in_memory(len: usize, held: usize) {
     let most = RESERVED_MAX + (MEMORY_PER_BYTE * len).min(RESERVED_MAX) + REST;
     assert!(held <= most, "{len} bytes hold {held}, and may hold {most}");

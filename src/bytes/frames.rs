@@ -12,8 +12,8 @@ const OCTETS_MAX: usize = 4096;
 /// closing and of tuning is read, too.
 pub fn frames(input: &[u8]) {
     let (cuts, stream) = split(input);
-    let whole = in_time(stream.len(), || assemble(once(stream)));
-    let cut = in_time(stream.len(), || assemble(pieces(cuts, stream)));
+    let whole = in_time(stream.len(), 0, || assemble(once(stream)));
+    let cut = in_time(stream.len(), 0, || assemble(pieces(cuts, stream)));
     assert_eq!(whole, cut);
     if stream.len() <= OCTETS_MAX {
         assert_eq!(whole, assemble(stream.chunks(1)));

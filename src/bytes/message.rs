@@ -24,7 +24,7 @@ pub fn message(input: &[u8]) {
     let (head, body) = rest.split_at(head_len);
     let message = delivered(&content(head, body));
     assert_eq!(message.body, body);
-    let (request, reply) = in_time(input.len(), || (request(&message), reply(&message)));
+    let (request, reply) = in_time(input.len(), 0, || (request(&message), reply(&message)));
     in_memory(input.len(), memory(request.headers()));
 
     let received = message.head.properties();
@@ -36,6 +36,12 @@ pub fn message(input: &[u8]) {
         received.content_type.is_some()
     );
     let id = received.correlation_id;
+    let echo = in_time(input.len(), 0, || Response::from(&request));
+    if let Ok(echo) = echo.checked() {
+        let sent = send_on(&echo, id).expect("it is marked as no error");
+        assert_eq!(sent.body, body);
+        assert_eq!(sent.headers, *echo.headers());
+    }
     match reply {
         Ok(reply) => {
             assert_eq!(reply.headers, *request.headers());

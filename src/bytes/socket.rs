@@ -5,7 +5,7 @@ use crate::amqp::incoming::{CloseReason, Incoming, Tune, frame_len};
 use crate::amqp::stream::{Opened, Stream, share};
 use crate::amqp::transport::Transport;
 use crate::bytes::assembled::{assemble, pieces, split};
-use crate::bytes::bounds::{by_socket_in_time, in_memory};
+use crate::bytes::bounds::{in_memory, in_time};
 use crossbeam_channel::unbounded;
 use rustix::net::sockopt::set_socket_linger;
 use std::io::{ErrorKind, Read, Write};
@@ -25,7 +25,7 @@ const HEARTBEAT: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
 pub fn socket(input: &[u8]) {
     let (cuts, stream) = split(input);
     let count = pieces(cuts, stream).count();
-    by_socket_in_time(stream.len(), count, || arrive(cuts, stream));
+    in_time(stream.len(), count, || arrive(cuts, stream));
 }
 
 fn arrive(cuts: &[u8], stream: &[u8]) {

@@ -114,10 +114,10 @@ impl Headers {
         )
     }
 
-    /// Those that a response can have, too.
-    pub(crate) fn for_a_response(&self) -> Headers {
-        let fields = self.iter().filter(|(name, _)| !RESERVED.contains(name));
-        fields.collect()
+    /// Those whose names can be sent, as they came.
+    pub(crate) fn sendable(&self) -> Headers {
+        let fields = self.0.iter().filter(|(name, _)| check_name(name).is_ok());
+        Headers(fields.cloned().collect())
     }
 
     /// Headers as they lie on the wire.
@@ -130,21 +130,7 @@ impl Headers {
         let mut total = 0;
         for (name, value) in self.iter() {
             total += name.len() + value.len() + FIELD_OVERHEAD;
-            if name.is_empty() {
-                return Err(InvalidHeaders("a header's name is empty".to_owned()));
-            }
-            if name.len() > SHORT_STRING_MAX {
-                return Err(InvalidHeaders(format!(
-                    "the header '{}...' has a name of {} bytes; AMQP allows {SHORT_STRING_MAX}",
-                    name.chars().take(20).collect::<String>(),
-                    name.len()
-                )));
-            }
-            if RESERVED.contains(&name) {
-                return Err(InvalidHeaders(format!(
-                    "the header '{name}' is reserved; choose another name"
-                )));
-            }
+            check_name(name)?;
         }
         match total {
             0..=HEADERS_MAX => Ok(()),
@@ -153,6 +139,25 @@ impl Headers {
                  rest into the body"
             ))),
         }
+    }
+}
+
+/// Whether a header of that name can be sent; if not, why.
+fn check_name(name: &str) -> Result<(), InvalidHeaders> {
+    if name.is_empty() {
+        Err(InvalidHeaders("a header's name is empty".to_owned()))
+    } else if name.len() > SHORT_STRING_MAX {
+        Err(InvalidHeaders(format!(
+            "the header '{}...' has a name of {} bytes; AMQP allows {SHORT_STRING_MAX}",
+            name.chars().take(20).collect::<String>(),
+            name.len()
+        )))
+    } else if RESERVED.contains(&name) {
+        Err(InvalidHeaders(format!(
+            "the header '{name}' is reserved; choose another name"
+        )))
+    } else {
+        Ok(())
     }
 }
 

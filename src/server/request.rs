@@ -40,7 +40,11 @@ impl Request {
     pub fn new(body: impl Into<Vec<u8>>) -> Request {
         Request {
             body: Body::from(body.into()),
-            ..Request::default()
+            content_type: None,
+            headers: Headers::default(),
+            correlation_id: None,
+            redelivered: false,
+            deadline: None,
         }
     }
 
@@ -165,7 +169,8 @@ impl Request {
 }
 
 /// A request sent back, with its body, which is not copied, its content type (`text/plain` if it has
-/// none), and those of its headers that a response can have.
+/// none), and those of its headers that are shown here and whose names are not reserved
+/// ([`Headers::insert`]).
 ///
 /// ```
 /// use fibrpc::{Request, Response};
@@ -178,7 +183,7 @@ impl From<&Request> for Response {
         Response::from_parts(
             request.body.clone(),
             request.content_type.clone(),
-            request.headers.for_a_response(),
+            request.headers.sendable(),
         )
     }
 }
@@ -193,6 +198,7 @@ mod tests {
             .with_content_type("application/json")
             .with_header("traceparent", "00-1-2-01")
             .with_header("CC", "elsewhere")
+            .with_header("", "of no name")
             .with_header("x-error-kind", "internal");
         let response = Response::from(&request);
         let expected = Response::new("hello")

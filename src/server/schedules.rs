@@ -4,6 +4,8 @@
 //! - No worker sleeps while there is something for one to do, and no answer is held back, however
 //!   long another handler takes.
 //! - A drain ends: each request is answered and acknowledged, or given back, and not both.
+//! - A request that comes back because its channel is closed, while it is executed, is not begun a
+//!   second time, also if we are told of its channel afterwards.
 
 use crate::amqp::channel::Channel;
 use crate::amqp::frame::{BODY, Content, HEADER, METHOD, Properties, Publish, put_requeue};
@@ -11,7 +13,9 @@ use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::model::explore::explore;
 use crate::amqp::model::net::Far;
 use crate::amqp::model::world::Time;
-use crate::amqp::schedules::scene::{Frames, channel, pair, put_deliver, put_frame, start_io};
+use crate::amqp::schedules::scene::{
+    Frames, channel, pair, put_deliver, put_delivery, put_frame, start_io,
+};
 use crate::amqp::stream::Opened;
 use crate::amqp::sync::channel::{Receiver, Sender, unbounded};
 use crate::amqp::sync::thread;
@@ -152,6 +156,45 @@ fn read(
             Some(other) => panic!("{other:?}"),
         }
     }
+}
+
+#[test]
+fn a_request_that_comes_back_while_it_is_executed_is_answered_there_once() {
+    let name = "a_request_that_comes_back_while_it_is_executed_is_answered_there_once";
+    explore(name, Time::StandsStill, || {
+        let mut scene = begin();
+        let far = &mut scene.far;
+        send_request(far, (1, 1), b"slow");
+        // Each of a broker's channels writes for itself, so this one may be the first to do so.
+        let mut bytes = Vec::new();
+        put_delivery(&mut bytes, (2, 1), true, &[1, 1], b"slow");
+        let close = [0, 20, 0, 40, 1, 150, 0, 0, 0, 0, 0];
+        put_frame(&mut bytes, METHOD, 1, &close);
+        far.write(&bytes);
+        let told = scene.events.recv().expect("the queue has the sender");
+        let closed = matches!(
+            told,
+            Event::Incoming(_, Incoming::Channel(1, ChannelEvent::Closed(_)))
+        );
+        assert!(closed);
+        // It is executed once, so it is over once.
+        scene.go_on.send(()).unwrap();
+        let (mut frames, mut seen) = (Frames::default(), HashMap::new());
+        assert_eq!(read(far, &mut frames, &mut seen), Some((2, true)));
+        let mut seen: Vec<_> = seen.into_iter().collect();
+        seen.sort_by_key(|(at, _)| *at);
+        let [(question, answered), (place, acknowledged)] = &seen[..] else {
+            panic!("{seen:?}");
+        };
+        assert_eq!((*question, answered.answers), ((1, 1), 1));
+        assert_eq!((*place, acknowledged.acknowledged), ((2, 1), 1));
+        scene.outbox.abort();
+        scene.queue.close();
+        drop(scene.go_on);
+        for thread in scene.threads {
+            thread.join().unwrap();
+        }
+    });
 }
 
 fn answer_all() {

@@ -5,7 +5,9 @@
 //!
 //! A request is delivered on a channel, and answered and acknowledged there. If the channel ends
 //! meanwhile, the broker delivers the request again, perhaps to us: then it is not begun a second
-//! time, and the answer goes to where it has come back. Until it does, it is an *orphan*.
+//! time, and the answer goes to where it has come back. Until it does, it is an *orphan*. It may come
+//! back before we are told that the channel has ended, which is said on another one; so one that has
+//! come back waits while its like is executed.
 
 use crate::amqp::backlog::Backlog;
 use crate::amqp::channel::Channel;
@@ -120,14 +122,19 @@ impl State {
 
     /// Gives the next request to a worker.
     fn begin(&mut self, worker: usize) -> Option<Job> {
-        let suspects = &mut self.suspects;
-        let at = self
-            .backlog
-            .iter()
-            .position(|task| suspects.may_begin(task.key))?;
+        let is_being_executed = |key| {
+            self.executing
+                .iter()
+                .flatten()
+                .any(|begun| begun.key == key)
+        };
+        let at = self.backlog.iter().position(|task| {
+            self.suspects.may_begin(task.key)
+                && !(task.delivery.redelivered && is_being_executed(task.key))
+        })?;
         let task = self.backlog.remove(at)?;
         let guilty = match task.delivery.redelivered {
-            true => suspects.begin(task.key),
+            true => self.suspects.begin(task.key),
             false => None,
         };
         self.busy += 1;
@@ -145,8 +152,7 @@ impl State {
         })
     }
 
-    /// Takes a request that has arrived: one that is being executed already finds its answer
-    /// there, any other waits for a worker.
+    /// Takes a request that has arrived. It waits for a worker, unless it is an orphan's.
     fn arrive(&mut self, delivery: Delivery, key: Key, prefetch: u16) {
         // Of a channel that is closed: the broker gives it to others.
         let Some(channel) = self.channels.get(&delivery.channel).cloned() else {
@@ -156,17 +162,8 @@ impl State {
             // It comes after the broker has seen the last acknowledgement.
             self.suspects.clear(delivery.channel);
         }
-        if delivery.redelivered {
-            let orphan = self
-                .executing
-                .iter_mut()
-                .flatten()
-                .find(|execution| execution.place.is_none() && execution.key == key);
-            if let Some(orphan) = orphan {
-                let tag = delivery.tag;
-                orphan.place = Some(Place { channel, tag });
-                return;
-            }
+        let redelivered = delivery.redelivered;
+        if redelivered {
             let answered_on = self.suspects.has_come_back(key);
             if let Some(channel) = answered_on.and_then(|id| self.channels.get(&id)) {
                 channel.say(|out, id| put_qos(out, id, prefetch));
@@ -178,6 +175,23 @@ impl State {
             channel,
             key,
         });
+        if redelivered {
+            self.adopt_orphans();
+        }
+    }
+
+    /// Has the answers to orphans go to where these have come back.
+    fn adopt_orphans(&mut self) {
+        let executing = self.executing.iter_mut().flatten();
+        for orphan in executing.filter(|execution| execution.place.is_none()) {
+            let has_come_back = |task: &Task| task.delivery.redelivered && task.key == orphan.key;
+            if let Some(at) = self.backlog.iter().position(has_come_back)
+                && let Some(task) = self.backlog.remove(at)
+            {
+                let (channel, tag) = (task.channel, task.delivery.tag);
+                orphan.place = Some(Place { channel, tag });
+            }
+        }
     }
 
     /// Forgets a channel. What came on it, the broker delivers again.
@@ -187,6 +201,7 @@ impl State {
         for execution in self.executing.iter_mut().flatten() {
             execution.place.take_if(|place| place.channel.id() == id);
         }
+        self.adopt_orphans();
     }
 
     /// Forgets the connection.

@@ -89,13 +89,24 @@ pub(crate) fn put_frame(out: &mut Vec<u8>, kind: u8, channel: u16, payload: &[u8
 /// Appends a message that a queue gives to a consumer, as a broker does; `id` is its correlation
 /// id and, before that, where an answer goes.
 pub(crate) fn put_deliver(out: &mut Vec<u8>, channel: u16, tag: u64, id: &[u8], body: &[u8]) {
+    put_delivery(out, (channel, tag), false, id, body);
+}
+
+/// The same of one that it may have given to somebody before.
+pub(crate) fn put_delivery(
+    out: &mut Vec<u8>,
+    (channel, tag): (u16, u64),
+    redelivered: bool,
+    id: &[u8],
+    body: &[u8],
+) {
     let short = |text: &[u8]| [&[text.len() as u8], text].concat();
     let tag = tag.to_be_bytes();
     let deliver = [
         &[0, 60, 0, 60][..],
         &short(b"c"),
         &tag,
-        &[0],
+        &[redelivered.into()],
         &short(b""),
         &short(b"q"),
     ];
