@@ -164,8 +164,9 @@ impl ClientBuilder {
     /// A thread that sleeps, on a core that falls asleep with it, takes longer to wake up than a
     /// short call does otherwise: so this halves the latency of calls that are answered at once. The
     /// price is the CPU time of the wait. One thread of a client spins at a time, only where there is
-    /// more than one core, and only while it pays: it gives up, for longer and longer, where replies
-    /// take longer than this, or where other threads want its core.
+    /// more than one core, with at most two calls of its own under way, and only while it pays: it
+    /// gives up, for longer and longer, where replies take longer than this, or where other threads
+    /// want its core.
     pub fn spin(mut self, time: Duration) -> ClientBuilder {
         self.options.spin = time;
         self
