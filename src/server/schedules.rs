@@ -38,6 +38,7 @@ struct Scene {
     channels: Vec<Arc<Channel>>,
     events: Receiver<Event>,
     go_on: Sender<()>,
+    begun: Receiver<()>,
     threads: Vec<thread::JoinHandle<()>>,
     far: Far,
     outbox: Arc<crate::amqp::outbox::Outbox>,
@@ -57,6 +58,7 @@ struct Seen {
 fn begin() -> Scene {
     let (events, told) = unbounded();
     let (go_on, gate) = unbounded();
+    let (has_begun, begun) = unbounded();
     let queue = Arc::new(WorkQueue::new(events, WORKERS, PREFETCH));
     let sink = RequestSink {
         queue: Arc::clone(&queue),
@@ -73,8 +75,10 @@ fn begin() -> Scene {
     let io = start_io(stream);
     let mut threads = vec![thread::spawn(move || drop(io.join()))];
     for number in 0..WORKERS {
-        let (queue, gate) = (Arc::clone(&queue), gate.clone());
-        threads.push(thread::spawn(move || work(&queue, number, &gate)));
+        let (queue, gate, has_begun) = (Arc::clone(&queue), gate.clone(), has_begun.clone());
+        threads.push(thread::spawn(move || {
+            work(&queue, number, &gate, &has_begun)
+        }));
     }
     queue.begin_session(1);
     let channels = (1..).take(WORKERS).map(|id| channel(id, &outbox));
@@ -93,6 +97,7 @@ fn begin() -> Scene {
         channels,
         events: told,
         go_on,
+        begun,
         threads,
         far,
         outbox: outbox_too,
@@ -100,10 +105,14 @@ fn begin() -> Scene {
 }
 
 /// A worker, whose handler takes as long as it takes.
-fn work(queue: &WorkQueue, number: usize, gate: &Receiver<()>) {
+fn work(queue: &WorkQueue, number: usize, gate: &Receiver<()>, begun: &Sender<()>) {
     while let Some(job) = queue.next(number) {
         let properties = job.delivery.message.head.properties();
         let id = properties.reply_to.unwrap().to_vec();
+        if job.delivery.message.body == b"both" {
+            let _ = begun.send(());
+            let _ = gate.recv();
+        }
         if job.delivery.message.body == b"slow" {
             gate.recv().unwrap();
         }
@@ -145,6 +154,11 @@ fn read(
             }
             None => assert_eq!(frame.kind, HEADER),
             Some([0, 60, 0, 40]) => {}
+            Some([0, 60, 0, 10]) => {
+                let mut bytes = Vec::new();
+                put_frame(&mut bytes, METHOD, frame.channel, &[0, 60, 0, 11]);
+                far.write(&bytes);
+            }
             Some([0, 60, 0, 80]) => {
                 seen.entry((frame.channel, tag())).or_default().acknowledged += 1;
                 return Some((frame.channel, true));
@@ -191,6 +205,96 @@ fn a_request_that_comes_back_while_it_is_executed_is_answered_there_once() {
         scene.outbox.abort();
         scene.queue.close();
         drop(scene.go_on);
+        for thread in scene.threads {
+            thread.join().unwrap();
+        }
+    });
+}
+
+/// A request comes back on another channel, and then its channel is closed, whenever its handler ends.
+#[test]
+fn a_request_that_comes_back_while_it_is_answered_is_acknowledged_where_it_has() {
+    let name = "a_request_that_comes_back_while_it_is_answered_is_acknowledged_where_it_has";
+    explore(name, Time::StandsStill, || {
+        let mut scene = begin();
+        let far = &mut scene.far;
+        send_request(far, (1, 1), b"21");
+        let mut bytes = Vec::new();
+        put_delivery(&mut bytes, (2, 1), true, &[1, 1], b"21");
+        let close = [0, 20, 0, 40, 1, 150, 0, 0, 0, 0, 0];
+        put_frame(&mut bytes, METHOD, 1, &close);
+        far.write(&bytes);
+        let (mut frames, mut last) = (Frames::default(), None);
+        let mut answers = 0;
+        while last != Some((2, true)) {
+            let mut seen = HashMap::new();
+            last = read(far, &mut frames, &mut seen);
+            answers += seen.get(&(1, 1)).map_or(0, |seen: &Seen| seen.answers);
+            assert!(last.is_some());
+        }
+        assert!(answers >= 1);
+        scene.outbox.abort();
+        scene.queue.close();
+        for thread in scene.threads {
+            thread.join().unwrap();
+        }
+    });
+}
+
+/// Two requests that are alike, both given to somebody else before: neither waits for the other.
+#[test]
+fn two_that_are_alike_on_one_channel_are_executed_at_once() {
+    let name = "two_that_are_alike_on_one_channel_are_executed_at_once";
+    explore(name, Time::StandsStill, || {
+        let mut scene = begin();
+        let far = &mut scene.far;
+        let mut bytes = Vec::new();
+        put_delivery(&mut bytes, (1, 1), true, &[1, 1], b"both");
+        put_delivery(&mut bytes, (1, 2), true, &[1, 1], b"both");
+        far.write(&bytes);
+        // Each says that it has begun, and waits.
+        for _ in 0..2 {
+            scene.begun.recv().unwrap();
+        }
+        for _ in 0..2 {
+            scene.go_on.send(()).unwrap();
+        }
+        scene.outbox.abort();
+        scene.queue.close();
+        for thread in scene.threads {
+            thread.join().unwrap();
+        }
+    });
+}
+
+/// Two that are alike on two channels, both alive: the second waits for no more than that this is known.
+#[test]
+fn two_that_are_alike_on_two_channels_are_executed_at_once() {
+    let name = "two_that_are_alike_on_two_channels_are_executed_at_once";
+    explore(name, Time::StandsStill, || {
+        let mut scene = begin();
+        let mut bytes = Vec::new();
+        put_delivery(&mut bytes, (1, 1), true, &[1, 1], b"both");
+        put_delivery(&mut bytes, (2, 1), true, &[1, 1], b"both");
+        scene.far.write(&bytes);
+        let mut far = scene.far;
+        scene.threads.push(thread::spawn(move || {
+            let mut frames = Frames::default();
+            while let Some(frame) = frames.next(&mut far) {
+                if frame.payload.starts_with(&[0, 60, 0, 10]) {
+                    let mut bytes = Vec::new();
+                    put_frame(&mut bytes, METHOD, frame.channel, &[0, 60, 0, 11]);
+                    far.write(&bytes);
+                }
+            }
+        }));
+        scene.begun.recv().unwrap();
+        scene.begun.recv().unwrap();
+        for _ in 0..2 {
+            scene.go_on.send(()).unwrap();
+        }
+        scene.outbox.abort();
+        scene.queue.close();
         for thread in scene.threads {
             thread.join().unwrap();
         }
@@ -281,6 +385,7 @@ fn a_drain_ends_and_each_request_is_answered_or_given_back() {
         let scene = begin();
         let Scene {
             go_on: _go_on,
+            begun: _begun,
             queue,
             channels,
             events,

@@ -7,7 +7,7 @@
 //! meanwhile, the broker delivers the request again, perhaps to us: then it is not begun a second
 //! time, and the answer goes to where it has come back. Until it does, it is an *orphan*. It may come
 //! back before we are told that the channel has ended, which is said on another one; so one that has
-//! come back waits while its like is executed.
+//! come back, while its like is executed, waits until that channel has given a sign of life.
 
 use crate::amqp::backlog::Backlog;
 use crate::amqp::channel::Channel;
@@ -48,6 +48,11 @@ struct Task {
     arrived: Instant,
     channel: Arc<Channel>,
     key: Key,
+    /// It is not begun until this channel has given a sign of life, or is known to be closed: there, a
+    /// request like it is being executed, and this may be the same one, come back.
+    held_for: Option<u16>,
+    /// That channel is alive: so this is another request.
+    is_another: bool,
 }
 
 /// What a worker is to do.
@@ -120,18 +125,41 @@ impl State {
         wake
     }
 
+    /// Whether a request may be begun now. One that may be the same as one that is being executed is
+    /// held; what it is held for is asked for a sign of life.
+    fn may_begin(
+        task: &mut Task,
+        executing: &[Option<Execution>],
+        suspects: &Suspects,
+        prefetch: u16,
+    ) -> bool {
+        if task.held_for.is_some() || !suspects.may_begin(task.key) {
+            return false;
+        }
+        if !task.delivery.redelivered || task.is_another {
+            return true;
+        }
+        // On its own channel it is another, for that one is not acknowledged there.
+        let place = executing
+            .iter()
+            .flatten()
+            .filter(|execution| execution.key == task.key)
+            .filter_map(|execution| execution.place.as_ref())
+            .find(|place| place.channel.id() != task.channel.id());
+        if let Some(place) = place {
+            task.held_for = Some(place.channel.id());
+            place.channel.say(|out, id| put_qos(out, id, prefetch));
+        }
+        place.is_none()
+    }
+
     /// Gives the next request to a worker.
-    fn begin(&mut self, worker: usize) -> Option<Job> {
-        let is_being_executed = |key| {
-            self.executing
-                .iter()
-                .flatten()
-                .any(|begun| begun.key == key)
-        };
-        let at = self.backlog.iter().position(|task| {
-            self.suspects.may_begin(task.key)
-                && !(task.delivery.redelivered && is_being_executed(task.key))
-        })?;
+    fn begin(&mut self, worker: usize, prefetch: u16) -> Option<Job> {
+        let (executing, suspects) = (&self.executing, &self.suspects);
+        let at = self
+            .backlog
+            .iter_mut()
+            .position(|task| State::may_begin(task, executing, suspects, prefetch))?;
         let task = self.backlog.remove(at)?;
         let guilty = match task.delivery.redelivered {
             true => self.suspects.begin(task.key),
@@ -174,9 +202,19 @@ impl State {
             arrived: Instant::now(),
             channel,
             key,
+            held_for: None,
+            is_another: false,
         });
         if redelivered {
             self.adopt_orphans();
+        }
+    }
+
+    /// Lets what was held for a channel be begun.
+    fn release(&mut self, id: u16, is_alive: bool) {
+        for task in &mut self.backlog {
+            let told = task.held_for.take_if(|held_for| *held_for == id);
+            task.is_another |= told.is_some() && is_alive;
         }
     }
 
@@ -202,6 +240,7 @@ impl State {
             execution.place.take_if(|place| place.channel.id() == id);
         }
         self.adopt_orphans();
+        self.release(id, false);
     }
 
     /// Forgets the connection.
@@ -249,7 +288,7 @@ impl WorkQueue {
             }
             let session = state.session.clone().filter(|_| !state.stopping);
             if let Some(session) = session {
-                if let Some(job) = state.begin(worker) {
+                if let Some(job) = state.begin(worker, self.prefetch) {
                     let wake = state.wake_one();
                     drop(state);
                     if wake {
@@ -359,7 +398,18 @@ impl WorkQueue {
             };
             // A dead connection is known by other ways, and its requests are given to others. A
             // channel that was closed meanwhile is forgotten by now.
-            if result != Err(NotSent::Outdated) {
+            if result == Err(NotSent::Outdated) {
+                continue;
+            }
+            // Or it has come back elsewhere while that was sent: it is answered there, too, because
+            // the broker reads no more of the channel that it has closed.
+            let has_moved = state.executing[worker]
+                .as_ref()
+                .and_then(|execution| execution.place.as_ref())
+                .is_some_and(|place| {
+                    Some(place.tag) != tag || !Arc::ptr_eq(&place.channel, &channel)
+                });
+            if !has_moved {
                 break;
             }
         }
@@ -409,7 +459,10 @@ impl WorkQueue {
                 state.suspects.channel_closed(channel, reason);
                 state.forget_channel(channel);
             }
-            ChannelEvent::Limited => state.suspects.acquit(channel),
+            ChannelEvent::Limited => {
+                state.suspects.acquit(channel);
+                state.release(channel, true);
+            }
             _ => {}
         }
     }
