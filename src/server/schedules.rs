@@ -13,6 +13,7 @@ use crate::amqp::incoming::{ChannelEvent, Incoming};
 use crate::amqp::model::explore::explore;
 use crate::amqp::model::net::Far;
 use crate::amqp::model::world::Time;
+use crate::amqp::outbox::Outbox;
 use crate::amqp::schedules::scene::{
     Frames, channel, pair, put_deliver, put_delivery, put_frame, start_io,
 };
@@ -41,7 +42,7 @@ struct Scene {
     begun: Receiver<()>,
     threads: Vec<thread::JoinHandle<()>>,
     far: Far,
-    outbox: Arc<crate::amqp::outbox::Outbox>,
+    outbox: Arc<Outbox>,
 }
 
 /// The last request on each channel has a handler that waits until all others are answered.
@@ -104,7 +105,15 @@ fn begin() -> Scene {
     }
 }
 
-/// A worker, whose handler takes as long as it takes.
+fn end(outbox: &Outbox, queue: &WorkQueue, threads: Vec<thread::JoinHandle<()>>) {
+    outbox.abort();
+    queue.close();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+/// A worker, whose handler takes as long as it takes, and with the body "both" says that it has begun.
 fn work(queue: &WorkQueue, number: usize, gate: &Receiver<()>, begun: &Sender<()>) {
     while let Some(job) = queue.next(number) {
         let properties = job.delivery.message.head.properties();
@@ -202,12 +211,7 @@ fn a_request_that_comes_back_while_it_is_executed_is_answered_there_once() {
         };
         assert_eq!((*question, answered.answers), ((1, 1), 1));
         assert_eq!((*place, acknowledged.acknowledged), ((2, 1), 1));
-        scene.outbox.abort();
-        scene.queue.close();
-        drop(scene.go_on);
-        for thread in scene.threads {
-            thread.join().unwrap();
-        }
+        end(&scene.outbox, &scene.queue, scene.threads);
     });
 }
 
@@ -233,11 +237,7 @@ fn a_request_that_comes_back_while_it_is_answered_is_acknowledged_where_it_has()
             assert!(last.is_some());
         }
         assert!(answers >= 1);
-        scene.outbox.abort();
-        scene.queue.close();
-        for thread in scene.threads {
-            thread.join().unwrap();
-        }
+        end(&scene.outbox, &scene.queue, scene.threads);
     });
 }
 
@@ -259,11 +259,7 @@ fn two_that_are_alike_on_one_channel_are_executed_at_once() {
         for _ in 0..2 {
             scene.go_on.send(()).unwrap();
         }
-        scene.outbox.abort();
-        scene.queue.close();
-        for thread in scene.threads {
-            thread.join().unwrap();
-        }
+        end(&scene.outbox, &scene.queue, scene.threads);
     });
 }
 
@@ -293,11 +289,7 @@ fn two_that_are_alike_on_two_channels_are_executed_at_once() {
         for _ in 0..2 {
             scene.go_on.send(()).unwrap();
         }
-        scene.outbox.abort();
-        scene.queue.close();
-        for thread in scene.threads {
-            thread.join().unwrap();
-        }
+        end(&scene.outbox, &scene.queue, scene.threads);
     });
 }
 
@@ -332,11 +324,7 @@ fn answer_all() {
         given_back: 0,
     };
     assert!(seen.len() as u64 == total && seen.values().all(|one| *one == answered));
-    scene.outbox.abort();
-    scene.queue.close();
-    for thread in scene.threads {
-        thread.join().unwrap();
-    }
+    end(&scene.outbox, &scene.queue, scene.threads);
 }
 
 #[test]
@@ -422,10 +410,6 @@ fn a_drain_ends_and_each_request_is_answered_or_given_back() {
             assert_eq!(answers, acknowledged, "{request:?}");
             assert_eq!(acknowledged + given_back, 1, "{request:?}");
         }
-        outbox.abort();
-        queue.close();
-        for thread in threads {
-            thread.join().unwrap();
-        }
+        end(&outbox, &queue, threads);
     });
 }
