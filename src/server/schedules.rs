@@ -143,6 +143,23 @@ fn send_request(far: &Far, (channel, tag): (u16, u64), body: &[u8]) {
     far.write(&bytes);
 }
 
+/// The broker closes channel 1, whose first request it gives to channel 2. Each of its channels writes
+/// for itself, and here the second does so first.
+fn give_back(far: &Far, body: &[u8]) {
+    let mut bytes = Vec::new();
+    put_delivery(&mut bytes, (2, 1), true, &[1, 1], body);
+    let close = [0, 20, 0, 40, 1, 150, 0, 0, 0, 0, 0];
+    put_frame(&mut bytes, METHOD, 1, &close);
+    far.write(&bytes);
+}
+
+/// The broker answers `basic.qos`.
+fn say_limited(far: &Far, channel: u16) {
+    let mut bytes = Vec::new();
+    put_frame(&mut bytes, METHOD, channel, &[0, 60, 0, 11]);
+    far.write(&bytes);
+}
+
 /// The broker reads until all is said or our end is shut. `acknowledged` is told the channel of
 /// each acknowledgement.
 fn read(
@@ -164,9 +181,7 @@ fn read(
             None => assert_eq!(frame.kind, HEADER),
             Some([0, 60, 0, 40]) => {}
             Some([0, 60, 0, 10]) => {
-                let mut bytes = Vec::new();
-                put_frame(&mut bytes, METHOD, frame.channel, &[0, 60, 0, 11]);
-                far.write(&bytes);
+                say_limited(far, frame.channel);
             }
             Some([0, 60, 0, 80]) => {
                 seen.entry((frame.channel, tag())).or_default().acknowledged += 1;
@@ -188,12 +203,7 @@ fn a_request_that_comes_back_while_it_is_executed_is_answered_there_once() {
         let mut scene = begin();
         let far = &mut scene.far;
         send_request(far, (1, 1), b"slow");
-        // Each of a broker's channels writes for itself, so this one may be the first to do so.
-        let mut bytes = Vec::new();
-        put_delivery(&mut bytes, (2, 1), true, &[1, 1], b"slow");
-        let close = [0, 20, 0, 40, 1, 150, 0, 0, 0, 0, 0];
-        put_frame(&mut bytes, METHOD, 1, &close);
-        far.write(&bytes);
+        give_back(far, b"slow");
         let told = scene.events.recv().expect("the queue has the sender");
         let closed = matches!(
             told,
@@ -223,11 +233,7 @@ fn a_request_that_comes_back_while_it_is_answered_is_acknowledged_where_it_has()
         let mut scene = begin();
         let far = &mut scene.far;
         send_request(far, (1, 1), b"21");
-        let mut bytes = Vec::new();
-        put_delivery(&mut bytes, (2, 1), true, &[1, 1], b"21");
-        let close = [0, 20, 0, 40, 1, 150, 0, 0, 0, 0, 0];
-        put_frame(&mut bytes, METHOD, 1, &close);
-        far.write(&bytes);
+        give_back(far, b"21");
         let (mut frames, mut last) = (Frames::default(), None);
         let mut answers = 0;
         while last != Some((2, true)) {
@@ -278,9 +284,7 @@ fn two_that_are_alike_on_two_channels_are_executed_at_once() {
             let mut frames = Frames::default();
             while let Some(frame) = frames.next(&mut far) {
                 if frame.payload.starts_with(&[0, 60, 0, 10]) {
-                    let mut bytes = Vec::new();
-                    put_frame(&mut bytes, METHOD, frame.channel, &[0, 60, 0, 11]);
-                    far.write(&bytes);
+                    say_limited(&far, frame.channel);
                 }
             }
         }));

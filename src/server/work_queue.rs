@@ -222,7 +222,9 @@ impl State {
     fn adopt_orphans(&mut self) {
         let executing = self.executing.iter_mut().flatten();
         for orphan in executing.filter(|execution| execution.place.is_none()) {
-            let has_come_back = |task: &Task| task.delivery.redelivered && task.key == orphan.key;
+            let has_come_back = |task: &Task| {
+                task.delivery.redelivered && !task.is_another && task.key == orphan.key
+            };
             if let Some(at) = self.backlog.iter().position(has_come_back)
                 && let Some(task) = self.backlog.remove(at)
             {
